@@ -1,0 +1,244 @@
+"""SVDQuant Quantize Checkpoint."""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import folder_paths
+
+from ..svdq_core.errors import SVDQuantError
+from ..svdq_core.host.calibration import calibrate
+from ..svdq_core.host.loader import load_quantized
+from ..svdq_core.host.source import ModelSource
+from ..svdq_core.quantizer.pipeline import (
+    DEFAULT_RANK,
+    MAX_RANK,
+    PRECISIONS,
+    Settings,
+    check_output,
+    plan,
+    quantize_checkpoint,
+)
+from ..svdq_core.quantizer.recipes import RECIPES
+
+
+class SVDQuantQuantizeCheckpoint:
+    """A 16-bit MODEL -> a 4-bit file, calibrated by sampling, and the quantized MODEL."""
+
+    CATEGORY = "SVDQuant"
+    DESCRIPTION = (
+        "Makes a 4-bit checkpoint of a 16-bit model and loads it. For the balanced and best recipes "
+        "the model is calibrated by drawing your own prompts with your own sampler settings: "
+        "combine 8 or more prompts with Conditioning (Combine), each is sampled on its own."
+    )
+    FUNCTION = "quantize"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = (
+        "The quantized model, loaded from the new file.",
+        "What was quantized, how small it became and how long it took.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": (
+                    "MODEL",
+                    {"tooltip": "The 16-bit model. LoRAs that the graph put on it are baked in."},
+                ),
+                "file_name": (
+                    "STRING",
+                    {
+                        "default": "svdquant/model_int4",
+                        "tooltip": "The file to write under models/diffusion_models; "
+                        ".safetensors is added.",
+                    },
+                ),
+                "precision": (
+                    list(PRECISIONS),
+                    {"tooltip": "int4: 4-bit weights and activations, for Turing GPUs and later."},
+                ),
+                "recipe": (
+                    list(RECIPES),
+                    {
+                        "default": "balanced",
+                        "tooltip": "fast: no calibration, lower quality. balanced: SVDQuant as "
+                        "published. best: also GPTQ and a refined low-rank branch, several times "
+                        "slower.",
+                    },
+                ),
+                "rank": (
+                    "INT",
+                    {
+                        "default": DEFAULT_RANK,
+                        "min": 0,
+                        "max": MAX_RANK,
+                        "step": 16,
+                        "tooltip": "Of the 16-bit low-rank branch. Higher is closer to 16 bits, "
+                        "larger and a little slower.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {"default": 8, "min": 1, "max": 200, "tooltip": "Calibration: sampling steps."},
+                ),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "tooltip": "Calibration: guidance scale. 1 for FLUX and turbo models.",
+                    },
+                ),
+                "sampler_name": (
+                    comfy.samplers.KSampler.SAMPLERS,
+                    {"default": "euler", "tooltip": "Calibration: the sampler you will use."},
+                ),
+                "scheduler": (
+                    comfy.samplers.KSampler.SCHEDULERS,
+                    {"default": "simple", "tooltip": "Calibration: the scheduler you will use."},
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 0xFFFFFFFFFFFFFFFF,
+                        "control_after_generate": False,
+                        "tooltip": "Of the calibration's noise and of everything else random: the "
+                        "same seed gives the same file.",
+                    },
+                ),
+                "skip_layers": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "Layers to leave in 16 bits, one per line; * stands for anything, "
+                        "e.g. double_blocks.0.*",
+                    },
+                ),
+                "overwrite": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Replace the file if it exists."},
+                ),
+            },
+            "optional": {
+                "positive": (
+                    "CONDITIONING",
+                    {
+                        "tooltip": "Calibration: the prompts, joined by Conditioning (Combine). Not "
+                        "needed for the fast recipe."
+                    },
+                ),
+                "negative": (
+                    "CONDITIONING",
+                    {"tooltip": "Calibration: the negative prompt; only needed if cfg is not 1."},
+                ),
+                "latent": (
+                    "LATENT",
+                    {"tooltip": "Calibration: an empty latent of the size you will draw."},
+                ),
+                "save_calibration": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "Also write the calibration under the output folder, for "
+                        "python -m svdq_core quantize --calibration.",
+                    },
+                ),
+            },
+        }
+
+    def quantize(
+        self,
+        model,
+        file_name,
+        precision,
+        recipe,
+        rank,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        seed,
+        skip_layers,
+        overwrite,
+        positive=None,
+        negative=None,
+        latent=None,
+        save_calibration=False,
+    ):
+        path = output_path(folder_paths.get_folder_paths("diffusion_models")[0], file_name)
+        settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
+        source = ModelSource(model)
+        layers = plan(source, settings).layers
+        check_output(path, source, settings, overwrite)
+
+        bar = comfy.utils.ProgressBar(1)
+        calibration = None
+        sampling_steps = 0
+        if RECIPES[recipe].calibrates:
+            _check_calibration_inputs(recipe, cfg, positive, negative, latent)
+            sampling_steps = steps * len(positive)
+            calibration = calibrate(
+                model,
+                layers,
+                positive,
+                negative or positive,
+                latent,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                seed,
+                lambda done, total: bar.update_absolute(done, total + len(source.specs)),
+            )
+            if save_calibration:
+                output = folder_paths.get_output_directory()
+                calibration.save(output_path(output, f"{file_name}.calibration"), overwrite)
+
+        def progress(done: int, total: int, text: str) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(sampling_steps + done, sampling_steps + total)
+
+        comfy.model_management.unload_all_models()  # the quantizer needs the room, not the model
+        device = comfy.model_management.get_torch_device()
+        done = quantize_checkpoint(source, path, settings, calibration, progress, overwrite, device)
+        report = (
+            f"{path.name}: {len(done.layers)} layers quantized ({precision}, {recipe}, rank {rank}), "
+            f"{done.size_ratio:.2f}x smaller ({done.bytes_16bit / 1e6:.1f} -> "
+            f"{done.bytes_4bit / 1e6:.1f} MB); file {done.file_bytes / 1e6:.1f} MB, "
+            f"{done.seconds:.1f} s"
+        )
+        return {"ui": {"text": [report]}, "result": (load_quantized(path), report)}
+
+
+def output_path(folder: str, file_name: str) -> Path:
+    """The file a user names, inside ``folder`` whatever the name says.
+
+    Raises:
+        SVDQuantError: the name is empty or leads out of the folder.
+    """
+    name = file_name.strip().removesuffix(".safetensors")
+    root = Path(folder).resolve()
+    path = root if not name or "\0" in name else (root / f"{name}.safetensors").resolve()
+    if path == root or not path.is_relative_to(root):
+        raise SVDQuantError(f"file_name {file_name!r} does not name a file inside {folder}")
+    return path
+
+
+def _check_calibration_inputs(recipe, cfg, positive, negative, latent) -> None:
+    for name, value in (("positive", positive), ("latent", latent)):
+        if not value:
+            raise SVDQuantError(
+                f"the recipe {recipe!r} is calibrated by sampling: connect {name}, or choose 'fast'."
+            )
+    if cfg != 1 and negative is None:
+        raise SVDQuantError("connect negative, or set cfg to 1 (then it is not used)")

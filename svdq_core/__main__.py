@@ -1,0 +1,97 @@
+"""The command line: ``python -m svdq_core quantize | inspect | doctor | bench``."""
+
+import argparse
+import sys
+
+import torch
+from tqdm import tqdm
+
+from .doctor import diagnose
+from .errors import SVDQuantError
+from .quantizer.pipeline import (
+    DEFAULT_RANK,
+    PRECISIONS,
+    FileSource,
+    Settings,
+    quantize_checkpoint,
+)
+from .quantizer.recipes import RECIPES
+from .quantizer.statistics import Calibration
+from .summary import summarize_file
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for bad input, with one line that says what)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except SVDQuantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cancelled; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m svdq_core", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    quantize = commands.add_parser("quantize", help="make a 4-bit checkpoint of a 16-bit one")
+    quantize.add_argument("source", help="16-bit .safetensors checkpoint, ComfyUI's key names")
+    quantize.add_argument("output", help="the file to write")
+    quantize.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    quantize.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="default: balanced with --calibration, fast (which needs none) without",
+    )
+    quantize.add_argument("--rank", type=int, default=DEFAULT_RANK, help="of the low-rank branch")
+    quantize.add_argument(
+        "--skip", nargs="*", default=(), metavar="LAYER", help="layers to leave in 16 bits (* allowed)"
+    )
+    quantize.add_argument("--seed", type=int, default=0)
+    quantize.add_argument("--calibration", help="file saved by SVDQuant Quantize Checkpoint")
+    quantize.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    quantize.add_argument("--overwrite", action="store_true")
+    quantize.set_defaults(command=_quantize)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds, per layer")
+    inspect.add_argument("file")
+    inspect.set_defaults(command=lambda options: print(summarize_file(options.file).text()))
+
+    doctor = commands.add_parser("doctor", help="which backend runs here, and why")
+    doctor.set_defaults(command=lambda options: print(diagnose()))
+    return parser
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    calibration = Calibration.load(options.calibration) if options.calibration else None
+    recipe = options.recipe or ("balanced" if calibration else "fast")
+    settings = Settings(options.precision, recipe, options.rank, tuple(options.skip), options.seed)
+    source = FileSource(options.source)
+    with tqdm(unit="tensor") as bar:
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+
+        report = quantize_checkpoint(
+            source,
+            options.output,
+            settings,
+            calibration,
+            progress,
+            options.overwrite,
+            options.device,
+        )
+    print(
+        f"{report.path}: {len(report.layers)} layers quantized, {report.size_ratio:.2f}x smaller, "
+        f"file {report.file_bytes / 1e6:.1f} MB, {report.seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A 16-bit model that the host has loaded, as weights to quantize."""
+
+import comfy.lora
+import torch
+
+from ..errors import CheckpointError
+from ..formats.safetensors_file import TensorSpec
+from .operations import QuantizedLinear
+
+_PREFIX = "diffusion_model."
+
+
+class ModelSource:
+    """The denoiser's weights of a MODEL, with the patches (LoRAs) that the graph put on it.
+
+    Args:
+        patcher: the MODEL.
+
+    Raises:
+        CheckpointError: the model is quantized already.
+    """
+
+    def __init__(self, patcher):
+        self.name = f"the loaded {type(patcher.model).__name__} model"
+        for name, module in patcher.model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                raise CheckpointError(
+                    f"{self.name} is quantized already ({name.removeprefix(_PREFIX)}). Connect the "
+                    "16-bit model, from the stock Load Diffusion Model node for example."
+                )
+        self._patches = patcher.get_key_patches(_PREFIX)
+        self.specs = {
+            key.removeprefix(_PREFIX): TensorSpec(tuple(entries[0][0].shape), entries[0][0].dtype)
+            for key, entries in self._patches.items()
+        }
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, patched; the model itself is not touched."""
+        key = _PREFIX + name
+        (weight, convert), *patches = self._patches[key]
+        if not patches:
+            return weight
+        full = convert(weight.detach().to(torch.float32, copy=True), inplace=True)
+        return comfy.lora.calculate_weight(patches, full, key).to(weight.dtype)

@@ -1,0 +1,106 @@
+"""INT4 codes in groups of 64 along K, packed two to a byte.
+
+Layout of a packed row (Comfy-Org ``svdquant_w4a4``, natural order)::
+
+    column   0    1    2    3            byte j = code[2j] | code[2j + 1] << 4
+    byte    |-- 0 --| |-- 1 --| ...      low nibble = even column
+
+Signed codes are two's complement nibbles in [-7, 7] with scale = absmax / 7; unsigned codes lie in
+[0, 15] with scale = max / 15 (SVDQuant section 4.2; unsigned follows Nunchaku's files).
+"""
+
+import torch
+
+GROUP_SIZE = 64
+SIGNED_MAX = 7
+UNSIGNED_MAX = 15
+
+# Added to a GELU's output before unsigned quantization: GELU is never below -0.17.
+GELU_SHIFT = 0.171875
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Pack 4-bit codes two to a byte.
+
+    Args:
+        codes: (..., K) integer codes in [-8, 15]; only the low four bits are kept. K must be even.
+
+    Returns:
+        (..., K / 2) int8.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"pack needs an even last dimension, got {tuple(codes.shape)}")
+    nibbles = codes.to(torch.uint8) & 0x0F
+    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).view(torch.int8)
+
+
+def unpack(packed: torch.Tensor, unsigned: bool = False) -> torch.Tensor:
+    """Inverse of :func:`pack`.
+
+    Args:
+        packed: (..., K / 2) int8.
+        unsigned: read nibbles as [0, 15] instead of two's complement [-8, 7].
+
+    Returns:
+        (..., K) int8 codes.
+    """
+    as_bytes = packed.view(torch.uint8)
+    codes = torch.stack((as_bytes & 0x0F, as_bytes >> 4), dim=-1).flatten(-2)
+    if unsigned:
+        return codes.view(torch.int8)
+    # Moving the nibble to the top of an int8 and back extends its sign.
+    return (codes << 4).view(torch.int8) >> 4
+
+
+def quantize_groups(values: torch.Tensor, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each group of 64 values to 4-bit codes, scaled by the group's largest value.
+
+    Args:
+        values: (..., K) floating point, K a multiple of 64.
+        unsigned: codes in [0, 15] (negative values become 0) instead of [-7, 7].
+
+    Returns:
+        codes (..., K) int8 and scale (..., K / 64) float32; an all-zero group has scale 0.
+
+    Raises:
+        ValueError: K is not a multiple of 64.
+    """
+    if values.shape[-1] % GROUP_SIZE:
+        raise ValueError(f"K = {values.shape[-1]} is not a multiple of {GROUP_SIZE}")
+    groups = values.float().unflatten(-1, (-1, GROUP_SIZE))
+    largest = (groups if unsigned else groups.abs()).amax(dim=-1).clamp(min=0)
+    limit = UNSIGNED_MAX if unsigned else SIGNED_MAX
+    scale = largest / limit
+    # Below float32's smallest normal the reciprocal overflows; such a group is zero for all purposes.
+    inverse = torch.where(largest > torch.finfo(torch.float32).tiny * limit, limit / largest, 0.0)
+    codes = (groups * inverse.unsqueeze(-1)).round().clamp(0 if unsigned else -limit, limit)
+    return codes.to(torch.int8).flatten(-2), torch.where(inverse > 0, scale, 0.0)
+
+
+def quantize_to_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Signed codes nearest to ``values`` for scales that are already fixed (and perhaps rounded).
+
+    Args:
+        values: (N, K) float32.
+        scale: (N, K / 64) float32; where it is 0 the codes are 0.
+
+    Returns:
+        (N, K) int8 codes in [-7, 7].
+    """
+    groups = values.unflatten(-1, (-1, GROUP_SIZE))
+    steps = torch.where(scale.unsqueeze(-1) > 0, groups / scale.unsqueeze(-1), 0.0)
+    return steps.round().clamp(-SIGNED_MAX, SIGNED_MAX).to(torch.int8).flatten(-2)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes times their group's scale.
+
+    Args:
+        codes: (..., K) int8.
+        scale: (..., K / 64) floating point.
+
+    Returns:
+        (..., K) float32.
+    """
+    groups = codes.unflatten(-1, (-1, GROUP_SIZE)).float()
+    return (groups * scale.float().unsqueeze(-1)).flatten(-2)
