@@ -53,8 +53,7 @@ class SVDQuantQuantizeCheckpoint:
                     "STRING",
                     {
                         "default": "svdquant/model_int4",
-                        "tooltip": "The file to write under models/diffusion_models; "
-                        ".safetensors is added.",
+                        "tooltip": "The file to write under models/diffusion_models; .safetensors is added.",
                     },
                 ),
                 "precision": (
@@ -175,7 +174,7 @@ class SVDQuantQuantizeCheckpoint:
         latent=None,
         save_calibration=False,
     ):
-        path = output_path(folder_paths.get_folder_paths("diffusion_models")[0], file_name)
+        path = output_path(models_folder(), file_name)
         settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
         source = ModelSource(model)
         layers = plan(source, settings).layers
@@ -220,6 +219,12 @@ class SVDQuantQuantizeCheckpoint:
         return {"ui": {"text": [report]}, "result": (load_quantized(path), report)}
 
 
+def models_folder() -> str:
+    """``models/diffusion_models``; the host lists its older name, ``unet``, before it."""
+    folders = folder_paths.get_folder_paths("diffusion_models")
+    return next((folder for folder in folders if Path(folder).name == "diffusion_models"), folders[0])
+
+
 def output_path(folder: str, file_name: str) -> Path:
     """The file a user names, inside ``folder`` whatever the name says.
 
@@ -237,8 +242,6 @@ def output_path(folder: str, file_name: str) -> Path:
 def _check_calibration_inputs(recipe, cfg, positive, negative, latent) -> None:
     for name, value in (("positive", positive), ("latent", latent)):
         if not value:
-            raise SVDQuantError(
-                f"the recipe {recipe!r} is calibrated by sampling: connect {name}, or choose 'fast'."
-            )
+            raise SVDQuantError(f"the recipe {recipe!r} is calibrated by sampling: connect {name}, or choose 'fast'.")
     if cfg != 1 and negative is None:
         raise SVDQuantError("connect negative, or set cfg to 1 (then it is not used)")

@@ -21,12 +21,18 @@ class Architecture:
         signature: tensors that, all together, no other family has.
         w4a4: pattern of the linear layers to quantize to 4-bit weights and activations.
         after_gelu: pattern of those among them whose input is a GELU's output.
+        renamed: pattern and replacement that undo a renaming by newer hosts (ComfyUI 0.29).
     """
 
     name: str
     signature: tuple[str, ...]
     w4a4: str
     after_gelu: str
+    renamed: tuple[str, str] = (r"(?!)", "")
+
+    def published_name(self, key: str) -> str:
+        """The name of a tensor in published checkpoints, which every version of the host reads."""
+        return re.sub(self.renamed[0], self.renamed[1], key)
 
     def quantizes(self, layer: str) -> bool:
         """Whether ``layer`` (a module name) is one to quantize."""
@@ -46,6 +52,7 @@ ARCHITECTURES = (
             r"|single_blocks\.\d+\.linear[12]"
         ),
         after_gelu=r"double_blocks\.\d+\.(img|txt)_mlp\.2",
+        renamed=(r"(query|key)_norm\.weight$", r"\1_norm.scale"),
     ),
     Architecture(
         name="sdxl",

@@ -110,14 +110,10 @@ class SVDQLinear(torch.nn.Module):
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
         small = {
-            name: None if tensor is None else tensor.to(x.dtype)
-            for name, tensor in tensors.items()
-            if name != "weight"
+            name: None if tensor is None else tensor.to(x.dtype) for name, tensor in tensors.items() if name != "weight"
         }
         rows = x.reshape(-1, self.in_features)
-        quantized = quantize_act_int4(
-            rows, small["smooth_factor"], small["proj_down"], self.act_unsigned
-        )
+        quantized = quantize_act_int4(rows, small["smooth_factor"], small["proj_down"], self.act_unsigned)
         y = linear_int4(
             *quantized,
             tensors["weight"],

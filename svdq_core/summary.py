@@ -110,9 +110,7 @@ def summarize_file(path: str | PathLike) -> Summary:
     return Summary(str(path), detect(keys, str(path))[0].name, layers, other, checkpoint.report)
 
 
-def summarize_model(
-    model: torch.nn.Module, title: str, about: Mapping[str, object], prefix: str = ""
-) -> Summary:
+def summarize_model(model: torch.nn.Module, title: str, about: Mapping[str, object], prefix: str = "") -> Summary:
     """Summary of a loaded model.
 
     Args:

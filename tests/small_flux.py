@@ -1,8 +1,9 @@
-"""A FLUX of two small blocks with random weights, as a state dict: the core's test model."""
+"""A FLUX of one double and one single block with random weights, complete for the host."""
 
 import torch
 
 HIDDEN = 128
+CONTEXT = 512
 
 
 def layer_shapes() -> dict[str, tuple[int, int]]:
@@ -22,25 +23,40 @@ def layer_shapes() -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def quantized_layers() -> list[str]:
+    """Names of the layers that are quantized: all of the blocks but the modulations."""
+    return [name for name in layer_shapes() if "mod" not in name]
+
+
 def state_dict(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights with a few strong directions and outlier channels, as trained ones have."""
+    """Weights under FLUX's own names; the blocks' have a few strong directions, as trained ones do."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=random)
 
-    tensors = {"img_in.weight": normal(HIDDEN, 64), "img_in.bias": normal(HIDDEN)}
-    for name, (n, k) in layer_shapes().items():
-        weight = normal(n, k) + 2 * normal(n, 4) @ normal(4, k)
+    h = HIDDEN
+    ends = {
+        "img_in": (h, 64),
+        "txt_in": (h, CONTEXT),
+        "time_in.in_layer": (h, 256),
+        "time_in.out_layer": (h, h),
+        "vector_in.in_layer": (h, 768),
+        "vector_in.out_layer": (h, h),
+        "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }
+    tensors = {}
+    for name, (n, k) in (ends | layer_shapes()).items():
+        weight = normal(n, k)
+        if name in quantized_layers():
+            weight += normal(n, 4) @ normal(4, k)
         tensors[f"{name}.weight"] = weight * k**-0.5
-        tensors[f"{name}.bias"] = 0.1 * normal(n)
-    tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = 1 + 0.1 * normal(128)
+        tensors[f"{name}.bias"] = 0.05 * normal(n)
+    for norm in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
+        for part in ("query_norm", "key_norm"):
+            tensors[f"{norm}.norm.{part}.scale"] = 1 + 0.1 * normal(128)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def quantized_layers() -> list[str]:
-    """Names of the layers that are quantized: all but the modulations."""
-    return [name for name in layer_shapes() if "mod" not in name]
 
 
 def inputs(layer: str, rows: int = 256, seed: int = 1) -> torch.Tensor:

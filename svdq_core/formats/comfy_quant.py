@@ -109,11 +109,7 @@ class QuantizedCheckpoint:
                 f"{path} has no quantized layer. Load a 16-bit file with the stock Load Diffusion "
                 "Model node, and make a 4-bit one of it with SVDQuant Quantize Checkpoint."
             )
-        owned = {
-            f"{layer.name}.{tensor}"
-            for layer in self.layers.values()
-            for tensor in (*layer.tensors, _CONFIG[1:])
-        }
+        owned = {f"{layer.name}.{tensor}" for layer in self.layers.values() for tensor in (*layer.tensors, _CONFIG[1:])}
         self.plain = [key for key in self.file.specs if key not in owned]
         self.report = self._read_report()
 
@@ -126,10 +122,7 @@ class QuantizedCheckpoint:
         """The tensors of one layer, in natural layout, by their name inside the layer."""
         layer = self.layers[name]
         stored = {tensor: self.file.get(f"{name}.{tensor}") for tensor in layer.tensors}
-        return {
-            tensor: _natural(tensor, value, layer.tensors[tensor].shape)
-            for tensor, value in stored.items()
-        }
+        return {tensor: _natural(tensor, value, layer.tensors[tensor].shape) for tensor, value in stored.items()}
 
     def _read_layer(self, name: str) -> LayerSpec:
         config = self._read_config(name)
@@ -187,16 +180,13 @@ class QuantizedCheckpoint:
     def _check_shapes(self, layer: LayerSpec, tiled: bool) -> None:
         if layer.in_features % GROUP_SIZE or not layer.in_features:
             raise CheckpointError(
-                f"{self.path}: layer {layer.name} has K = {layer.in_features}, "
-                f"which is not a multiple of {GROUP_SIZE}"
+                f"{self.path}: layer {layer.name} has K = {layer.in_features}, which is not a multiple of {GROUP_SIZE}"
             )
         for tensor, expected in layer.tensors.items():
             found = self._spec(layer.name, tensor)
             shape = _tiled_shape(tensor, expected.shape) if tiled else expected.shape
             floats = expected.dtype in _FLOATS
-            if found.shape != shape or (
-                found.dtype not in _FLOATS if floats else found.dtype != expected.dtype
-            ):
+            if found.shape != shape or (found.dtype not in _FLOATS if floats else found.dtype != expected.dtype):
                 raise CheckpointError(
                     f"{self.path}: layer {layer.name}: {tensor} is {found.shape} {found.dtype}, "
                     f"expected {shape} {expected.dtype}"

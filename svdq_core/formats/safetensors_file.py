@@ -94,9 +94,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    _damaged(path, f"its header would be {length} bytes, the file has {size}")
-                )
+                raise CheckpointError(_damaged(path, f"its header would be {length} bytes, the file has {size}"))
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
@@ -123,9 +121,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         end = stop
     if end != size - 8 - length:
         raise CheckpointError(
-            _damaged(
-                path, f"its header describes {end} bytes of data, the file has {size - 8 - length}"
-            )
+            _damaged(path, f"its header describes {end} bytes of data, the file has {size - 8 - length}")
         )
     return specs, metadata
 
@@ -142,9 +138,7 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, tuple
         ) from error
     spec = TensorSpec(shape, dtype)
     if not whole or stop - start != spec.nbytes:
-        raise CheckpointError(
-            _damaged(path, f"tensor {name!r} of shape {shape} does not fit its {stop - start} bytes")
-        )
+        raise CheckpointError(_damaged(path, f"tensor {name!r} of shape {shape} does not fit its {stop - start} bytes"))
     return spec, (start, stop)
 
 
@@ -201,9 +195,7 @@ class SafetensorsWriter:
         """
         spec = self._specs[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(
-                f"{name} was announced as {spec}, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
+            raise ValueError(f"{name} was announced as {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
         self._missing.remove(name)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._put(8 + self._header_bytes + self._offsets[name], data.numpy())

@@ -31,14 +31,18 @@ def load_quantized(path: str | PathLike) -> SVDQuantModelPatcher:
             (layer.out_features, layer.in_features), dtype=layer.dtype, device="meta"
         )
     detect(state_dict, str(path))
-    provided = set(state_dict)
-    patcher = _host_load(state_dict)
+    patcher = _host_load(dict(state_dict))  # the host empties what it is given
     if patcher is None:
-        raise CheckpointError(f"{path}: this ComfyUI does not know the model. Update ComfyUI.")
+        raise CheckpointError(
+            f"{path}: this ComfyUI does not know the model. The file is incomplete, or the model is "
+            "newer than this ComfyUI."
+        )
     model = patcher.model
     compute = model.manual_cast_dtype or model.get_dtype()
     for name in checkpoint.layers:
         _replace(checkpoint, name, model.diffusion_model, compute)
+    # Newer hosts rename some tensors as they load them.
+    provided = set(model.model_config.process_unet_state_dict(state_dict))
     _check_complete(checkpoint, model.diffusion_model, provided)
     quantized = SVDQuantModelPatcher(model, patcher.load_device, patcher.offload_device)
     quantized.set_attachments(REPORT, checkpoint.report)
@@ -70,10 +74,7 @@ def _replace(checkpoint, name, diffusion_model, compute) -> None:
         )
     tensors = checkpoint.read_layer(name)
     if compute in (torch.bfloat16, torch.float16):
-        tensors = {
-            key: tensor.to(compute) if tensor.is_floating_point() else tensor
-            for key, tensor in tensors.items()
-        }
+        tensors = {key: tensor.to(compute) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     setattr(diffusion_model.get_submodule(parent), child, QuantizedLinear(spec, tensors))
 
 
@@ -87,6 +88,4 @@ def _check_complete(checkpoint, diffusion_model, provided) -> None:
             needed.add("weight")
         for key in sorted(needed):
             if f"{name}.{key}".lstrip(".") not in provided:
-                raise CheckpointError(
-                    f"{checkpoint.path}: {name}.{key} is missing from the file. It is incomplete."
-                )
+                raise CheckpointError(f"{checkpoint.path}: {name}.{key} is missing from the file. It is incomplete.")

@@ -10,9 +10,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from ..layers import Adapter, SVDQLinear
 
 
-def adapter_from_patches(
-    layer: SVDQLinear, key: str, patches: Sequence[tuple], device: torch.device
-) -> Adapter | None:
+def adapter_from_patches(layer: SVDQLinear, key: str, patches: Sequence[tuple], device: torch.device) -> Adapter | None:
     """Turn what ``ModelPatcher.add_patches`` collected for one weight into an adapter.
 
     Ordinary LoRA becomes extra rank, exactly and without touching the quantized weight (SVDQuant,

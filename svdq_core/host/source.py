@@ -3,6 +3,7 @@
 import comfy.lora
 import torch
 
+from ..architectures import detect
 from ..errors import CheckpointError
 from ..formats.safetensors_file import TensorSpec
 from .operations import QuantizedLinear
@@ -28,16 +29,19 @@ class ModelSource:
                     f"{self.name} is quantized already ({name.removeprefix(_PREFIX)}). Connect the "
                     "16-bit model, from the stock Load Diffusion Model node for example."
                 )
-        self._patches = patcher.get_key_patches(_PREFIX)
+        patches = patcher.get_key_patches(_PREFIX)
+        architecture, _ = detect([key.removeprefix(_PREFIX) for key in patches], self.name)
+        self._patches = {
+            architecture.published_name(key.removeprefix(_PREFIX)): (key, entries) for key, entries in patches.items()
+        }
         self.specs = {
-            key.removeprefix(_PREFIX): TensorSpec(tuple(entries[0][0].shape), entries[0][0].dtype)
-            for key, entries in self._patches.items()
+            name: TensorSpec(tuple(entries[0][0].shape), entries[0][0].dtype)
+            for name, (_, entries) in self._patches.items()
         }
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, patched; the model itself is not touched."""
-        key = _PREFIX + name
-        (weight, convert), *patches = self._patches[key]
+        key, ((weight, convert), *patches) = self._patches[name]
         if not patches:
             return weight
         full = convert(weight.detach().to(torch.float32, copy=True), inplace=True)

@@ -14,8 +14,7 @@ from ..numerics import int4
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
-    "quantize_act_int4(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned)"
-    " -> (Tensor, Tensor, Tensor)"
+    "quantize_act_int4(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_int4(Tensor qact, Tensor act_scale, Tensor down, Tensor weight, Tensor weight_scale,"
@@ -63,9 +62,7 @@ def linear_int4(
     Returns:
         (M, N) in ``proj_up``'s dtype, accumulated in float32.
     """
-    return torch.ops.svdq.linear_int4(
-        qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned
-    )
+    return torch.ops.svdq.linear_int4(qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned)
 
 
 @torch.library.impl(_library, "quantize_act_int4", "CompositeExplicitAutograd")

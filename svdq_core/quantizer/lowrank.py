@@ -3,6 +3,7 @@
 import torch
 
 _OVERSAMPLING = 8
+_EPSILON = 1e-14  # relative, of a squared float64 quantity
 
 
 def truncated_svd(
@@ -28,15 +29,31 @@ def truncated_svd(
         return matrix.new_empty((n, 0)), matrix.new_empty((k, 0))
     width = min(rank + _OVERSAMPLING, n, k)
     start = torch.randn((k, width), generator=generator).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ start).Q
+    basis = _orthonormal(matrix @ start)
     for _ in range(power_iterations):
-        basis = torch.linalg.qr(matrix.t() @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+        basis = _orthonormal(matrix @ (matrix.t() @ basis))
+    inside = (basis.t() @ matrix).double()  # (width, K): the matrix as the basis sees it
+    squares, left = torch.linalg.eigh(inside @ inside.t())
     kept = min(rank, width)
-    root = values[:kept].sqrt()
+    squares, left = squares.flip(0)[:kept].clamp(min=0), left.flip(1)[:, :kept]
+    root = squares**0.25  # of the singular values
+    inverse_root = torch.where(squares > _EPSILON * squares[0], 1 / root, 0.0)
     up = torch.zeros((n, rank), device=matrix.device)
     down = torch.zeros((k, rank), device=matrix.device)
-    up[:, :kept] = basis @ left[:, :kept] * root
-    down[:, :kept] = right[:kept].t() * root
+    up[:, :kept] = basis @ (left * root).float()
+    down[:, :kept] = (inside.t() @ (left * inverse_root)).float()
     return up, down
+
+
+def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """(N, w) orthonormal columns with the span of ``vectors``; dependent ones become zero.
+
+    By the Gram matrix in float64: products and one small eigenproblem, where a Householder QR of so
+    tall a matrix is a long chain of tiny steps, slow on a GPU and on a busy CPU.
+    """
+    for _ in range(2):  # the second pass makes up for the squared condition of the first
+        vectors = vectors.double()
+        squares, directions = torch.linalg.eigh(vectors.t() @ vectors)
+        inverse = torch.where(squares > _EPSILON * squares[-1], squares.clamp(min=0).rsqrt(), 0.0)
+        vectors = vectors @ (directions * inverse)
+    return vectors.float()

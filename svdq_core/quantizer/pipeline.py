@@ -140,7 +140,7 @@ def plan(source: WeightSource, settings: Settings) -> Plan:
     architecture, _ = detect(source.specs, source.name)
     dtype = _storage_dtype(source)
     layers, plain = {}, {}
-    for key, spec in source.specs.items():
+    for key, spec in sorted(source.specs.items()):  # the same order whatever the source
         layer = key.removesuffix(".weight")
         if (
             key.endswith(".weight")
@@ -283,9 +283,7 @@ def _statistics_for(planned, recipe, settings, calibration) -> Mapping:
     if not recipe.calibrates:
         return {}
     if calibration is None:
-        raise SVDQuantError(
-            f"the recipe {settings.recipe!r} needs calibration. Calibrate first, or take 'fast'."
-        )
+        raise SVDQuantError(f"the recipe {settings.recipe!r} needs calibration. Calibrate first, or take 'fast'.")
     calibration.check(planned.layers)
     return calibration.layers
 

@@ -85,9 +85,7 @@ def quantize_layer(
     """
     _check(spec, weight, bias, statistics)
     work = _Layer(spec, weight.float(), statistics, recipe, seed)
-    best = min(
-        (work.attempt(factor) for factor in work.smoothing_factors()), key=lambda found: found.error
-    )
+    best = min((work.attempt(factor) for factor in work.smoothing_factors()), key=lambda found: found.error)
     best = work.polish(best)
     tensors = work.tensors(best, bias)
     return QuantizedLayer(spec, tensors, *_measure(spec, tensors, weight, bias, statistics))
@@ -207,9 +205,7 @@ class _Layer:
     def _quantized(self, inputs: torch.Tensor, smooth_factor: torch.Tensor) -> torch.Tensor:
         """(R, K) inputs as the kernel's codes represent them."""
         shift = int4.GELU_SHIFT if self.spec.act_unsigned else 0.0
-        codes, scale = int4.quantize_groups(
-            (inputs + shift) / smooth_factor.float(), self.spec.act_unsigned
-        )
+        codes, scale = int4.quantize_groups((inputs + shift) / smooth_factor.float(), self.spec.act_unsigned)
         return int4.dequantize(codes, scale)
 
 
@@ -238,9 +234,7 @@ def _check(spec, weight, bias, statistics) -> None:
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise LayerError(
-                f"layer {spec.name}: its {name} has NaN or infinite values. The checkpoint is broken."
-            )
+            raise LayerError(f"layer {spec.name}: its {name} has NaN or infinite values. The checkpoint is broken.")
     if statistics is not None and statistics.sample.shape[1] != spec.in_features:
         raise LayerError(
             f"layer {spec.name} has {spec.in_features} input channels, its calibration has "

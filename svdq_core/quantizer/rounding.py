@@ -21,9 +21,7 @@ def round_to_nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return int4.quantize_to_scale(weight, scale.float())
 
 
-def gptq(
-    weight: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor, damping: float = 0.01
-) -> torch.Tensor:
+def gptq(weight: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     """(N, K) int8 codes that keep the layer's output close, not each weight (GPTQ, arXiv 2210.17323).
 
     Columns are rounded one after the other; each one's error is pushed onto the columns still to come,

@@ -9,9 +9,7 @@ import torch
 _STRENGTHS = tuple(step / 10 for step in range(1, 11))
 
 
-def candidates(
-    act_range: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
+def candidates(act_range: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Smoothing factors worth trying, rounded to the type the file keeps.
 
     Args:

@@ -58,9 +58,7 @@ class LayerStatistics:
     def check(self, layer: str) -> None:
         """Raise LayerError when an input was NaN or infinite, or nothing was seen."""
         if not self.count:
-            raise LayerError(
-                f"layer {layer} saw no input during calibration: the sampling run did not reach it"
-            )
+            raise LayerError(f"layer {layer} saw no input during calibration: the sampling run did not reach it")
         if not bool(torch.isfinite(self.minimum + self.maximum).all()):
             raise LayerError(
                 f"layer {layer} got NaN or infinite inputs during calibration. Check that the "

@@ -39,9 +39,7 @@ def test_tensors_are_those_of_the_convention(quantized):
     tensors = load_file(quantized)
     n, k = small_flux.layer_shapes()[LAYER]
     found = {
-        key.removeprefix(f"{LAYER}."): (tuple(t.shape), t.dtype)
-        for key, t in tensors.items()
-        if key.startswith(LAYER)
+        key.removeprefix(f"{LAYER}."): (tuple(t.shape), t.dtype) for key, t in tensors.items() if key.startswith(LAYER)
     }
     found.pop("comfy_quant")
     half = torch.bfloat16
@@ -67,9 +65,7 @@ def test_modulations_and_embedders_are_copied(quantized):
 def test_the_tile_packed_layout_reads_the_same(quantized, tmp_path):
     def pack(tensors):
         n, k = small_flux.layer_shapes()[LAYER]
-        for name, value in [
-            (key, tensors[f"{LAYER}.{key}"]) for key in ("weight", "weight_scale", "proj_up")
-        ]:
+        for name, value in [(key, tensors[f"{LAYER}.{key}"]) for key in ("weight", "weight_scale", "proj_up")]:
             if name == "weight":
                 # rows in tiles of 128 = 32 quads of 4; K in groups of 64 = 32 bytes
                 value = value.reshape(n // 128, 32, 4, k // 64, 32).permute(0, 3, 1, 2, 4)
@@ -79,9 +75,7 @@ def test_the_tile_packed_layout_reads_the_same(quantized, tmp_path):
             else:
                 value = value.reshape(n // 128, 128, -1).permute(0, 2, 1)
             tensors[f"{LAYER}.{name}"] = value.contiguous()
-        tensors[f"{LAYER}.comfy_quant"] = config(
-            format="svdquant_w4a4", layout="kitchen_tile_packed_w4a4"
-        )
+        tensors[f"{LAYER}.comfy_quant"] = config(format="svdquant_w4a4", layout="kitchen_tile_packed_w4a4")
 
     natural = QuantizedCheckpoint(quantized).read_layer(LAYER)
     tiled = QuantizedCheckpoint(changed(quantized, tmp_path, pack)).read_layer(LAYER)
@@ -95,9 +89,7 @@ def test_a_layer_computes_what_its_file_says(quantized):
     for name in checkpoint.layers:
         layer = SVDQLinear(checkpoint.layers[name], checkpoint.read_layer(name))
         x = small_flux.inputs(name)
-        exact = torch.nn.functional.linear(
-            x, full[f"{name}.weight"].float(), full[f"{name}.bias"].float()
-        )
+        exact = torch.nn.functional.linear(x, full[f"{name}.weight"].float(), full[f"{name}.bias"].float())
         error = torch.linalg.norm(layer(x) - exact) / torch.linalg.norm(exact)
         assert error < 0.25, name
 

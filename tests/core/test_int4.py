@@ -13,9 +13,7 @@ def groups(magnitude=2.0**100):
     """Float32 matrices with K a multiple of 64."""
     floats = st.floats(-magnitude, magnitude, width=32, allow_subnormal=True)
     shapes = st.tuples(st.integers(1, 3), st.sampled_from((64, 128, 192)))
-    return shapes.flatmap(lambda shape: hnp.arrays("float32", shape, elements=floats)).map(
-        torch.from_numpy
-    )
+    return shapes.flatmap(lambda shape: hnp.arrays("float32", shape, elements=floats)).map(torch.from_numpy)
 
 
 @given(hnp.arrays("int8", st.tuples(st.integers(1, 4), st.just(64)), elements=st.integers(-8, 7)))

@@ -20,9 +20,7 @@ def make_layer(n=96, k=128, unsigned=False, bias=True):
 def make_adapter(n=96, k=128, rank=4, delta=False, seed=5):
     random = torch.Generator().manual_seed(seed)
     dense = torch.randn((n, k), generator=random) if delta else None
-    return Adapter(
-        torch.randn((k, rank), generator=random), torch.randn((n, rank), generator=random), dense
-    )
+    return Adapter(torch.randn((k, rank), generator=random), torch.randn((n, rank), generator=random), dense)
 
 
 def added(adapter):

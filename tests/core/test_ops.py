@@ -27,9 +27,7 @@ def make_case(m=7, k=192, n=40, rank=16, dtype=torch.float32, seed=0):
 
 def in_float64(case, act_unsigned):
     """The layer from the same codes, one number at a time in float64."""
-    qact, act_scale, _ = quantize_act_int4(
-        case["x"], case["smooth_factor"], case["proj_down"], act_unsigned
-    )
+    qact, act_scale, _ = quantize_act_int4(case["x"], case["smooth_factor"], case["proj_down"], act_unsigned)
     activation = int4.unpack(qact, act_unsigned).double().unflatten(-1, (-1, 64))
     activation = (activation * act_scale.t().double()[..., None]).flatten(-2)
     weight = int4.unpack(case["weight"]).double().unflatten(-1, (-1, 64))
@@ -51,9 +49,7 @@ def run(case, act_unsigned):
 
 
 @pytest.mark.parametrize("act_unsigned", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 5e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize(("m", "rank"), [(1, 0), (7, 16), (77, 33)])
 def test_reference_matches_float64(m, rank, dtype, tolerance, act_unsigned):
     case = make_case(m=m, rank=rank, dtype=dtype)

@@ -149,9 +149,7 @@ def test_a_full_checkpoint_s_prefix_is_stripped(full, tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("weights", "stored"), [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("weights", "stored"), [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)])
 @pytest.mark.parametrize("held_in_float32", [False, True])
 def test_the_file_keeps_the_model_s_16_bit_type(tmp_path, weights, stored, held_in_float32):
     tensors = small_flux.state_dict(weights)
@@ -242,7 +240,5 @@ def test_an_interrupt_in_the_middle_leaves_nothing(full, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(
-            FileSource(full), tmp_path / "q", Settings(recipe="fast"), progress=interrupt
-        )
+        quantize_checkpoint(FileSource(full), tmp_path / "q", Settings(recipe="fast"), progress=interrupt)
     assert not os.listdir(tmp_path)

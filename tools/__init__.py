@@ -1,0 +1,1 @@
+"""What developers, tests and the demo need: a bootstrap, and a real ComfyUI to run against."""
