@@ -177,7 +177,7 @@ class SVDQuantQuantizeCheckpoint:
         path = output_path(models_folder(), file_name)
         settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
         source = ModelSource(model)
-        layers = plan(source, settings).layers
+        planned = plan(source, settings)
         check_output(path, source, settings, overwrite)
 
         bar = comfy.utils.ProgressBar(1)
@@ -188,7 +188,7 @@ class SVDQuantQuantizeCheckpoint:
             sampling_steps = steps * len(positive)
             calibration = calibrate(
                 model,
-                layers,
+                planned.layers,
                 positive,
                 negative or positive,
                 latent,
@@ -197,7 +197,7 @@ class SVDQuantQuantizeCheckpoint:
                 sampler_name,
                 scheduler,
                 seed,
-                lambda done, total: bar.update_absolute(done, total + len(source.specs)),
+                lambda done, total: bar.update_absolute(done, total + planned.steps),
             )
             if save_calibration:
                 output = folder_paths.get_output_directory()

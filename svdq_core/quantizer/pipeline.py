@@ -128,6 +128,11 @@ class Plan:
     layers: Mapping[str, LayerSpec]  # to quantize, by module name
     plain: Mapping[str, TensorSpec]  # to copy, as they will be stored
 
+    @property
+    def steps(self) -> int:
+        """How many steps :func:`quantize_checkpoint` reports."""
+        return len(self.layers) + len(self.plain)
+
 
 def plan(source: WeightSource, settings: Settings) -> Plan:
     """Decide what becomes of every tensor, and refuse what cannot work, reading no weight.
@@ -197,7 +202,7 @@ def quantize_checkpoint(
         specs.update({f"{name}.{tensor}": spec for tensor, spec in layer.tensors.items()})
     about = _about(planned, settings, calibration if statistics else None)
     room = sum(len(name) + _REPORT_BYTES_PER_LAYER for name in planned.layers)
-    total = len(planned.plain) + len(planned.layers)
+    total = planned.steps
     report_step = progress or (lambda done, total, text: None)
     writer = SafetensorsWriter(path, specs, {METADATA_KEY: json.dumps(about)}, room, overwrite)
     with torch.inference_mode(), writer:
