@@ -85,7 +85,10 @@ def main() -> None:
 
 def draw(host, model, title: str) -> list[Image.Image]:
     """The image of every prompt, seed = its place in the list."""
-    return [host.draw(model, prompt, seed) for seed, prompt in enumerate(tqdm(PROMPTS, desc=title, leave=False))]
+    return [
+        host.draw(model, prompt, seed)
+        for seed, prompt in enumerate(tqdm(PROMPTS, desc=title, leave=False, mininterval=5))
+    ]
 
 
 def measure(images: list[Image.Image], references: list[Image.Image]) -> dict[str, float]:

@@ -176,9 +176,8 @@ class SVDQuantQuantizeCheckpoint:
     ):
         path = output_path(models_folder(), file_name)
         settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
-        source = ModelSource(model)
-        planned = plan(source, settings)
-        check_output(path, source, settings, overwrite)
+        planned = plan(ModelSource(model), settings)
+        check_output(path, planned, overwrite)
 
         bar = comfy.utils.ProgressBar(1)
         calibration = None
@@ -208,6 +207,7 @@ class SVDQuantQuantizeCheckpoint:
             bar.update_absolute(sampling_steps + done, sampling_steps + total)
 
         comfy.model_management.unload_all_models()  # the quantizer needs the room, not the model
+        source = ModelSource(model)  # only now: one made earlier would keep a second copy of the weights
         device = comfy.model_management.get_torch_device()
         done = quantize_checkpoint(source, path, settings, calibration, progress, overwrite, device)
         report = (

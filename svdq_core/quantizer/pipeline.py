@@ -4,7 +4,7 @@ import fnmatch
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -79,7 +79,7 @@ class Settings:
     precision: str = "int4"
     recipe: str = "balanced"
     rank: int = DEFAULT_RANK
-    skip: Sequence[str] = field(default_factory=tuple)
+    skip: Sequence[str] = ()
     seed: int = 0
 
     def check(self) -> None:
@@ -228,15 +228,13 @@ def quantize_checkpoint(
     )
 
 
-def check_output(path: str | PathLike, source: WeightSource, settings: Settings, overwrite: bool):
+def check_output(path: str | PathLike, planned: Plan, overwrite: bool) -> None:
     """Refuse before a long calibration what would fail after it.
 
     Raises:
-        SVDQuantError: as :func:`plan`; the file exists, or the disk is too small for it.
+        CheckpointError: the file exists and ``overwrite`` is false, or the disk is too small for it.
     """
-    planned = plan(source, settings)
-    nbytes = sum(spec.nbytes for spec in planned.plain.values())
-    nbytes += sum(layer.nbytes for layer in planned.layers.values())
+    nbytes = sum(spec.nbytes for spec in (*planned.plain.values(), *planned.layers.values()))
     check_writable(Path(path), nbytes, overwrite)
 
 

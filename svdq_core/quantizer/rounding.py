@@ -21,7 +21,7 @@ def round_to_nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return int4.quantize_to_scale(weight, scale.float())
 
 
-def gptq(weight: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+def gptq(weight: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor, damping: float = 0.1) -> torch.Tensor:
     """(N, K) int8 codes that keep the layer's output close, not each weight (GPTQ, arXiv 2210.17323).
 
     Columns are rounded one after the other; each one's error is pushed onto the columns still to come,
@@ -31,7 +31,8 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, inputs: torch.Tensor, dampin
         weight: (N, K) float32.
         scale: (N, K / 64) stored scales.
         inputs: (R, K) float32 inputs of the layer, as the kernel will see them.
-        damping: share of the mean diagonal added to the Hessian.
+        damping: share of the mean diagonal added to the Hessian; larger than GPTQ's usual 0.01,
+            because the rows are few.
     """
     k = weight.shape[1]
     hessian = inputs.t() @ inputs

@@ -36,6 +36,12 @@ class SmallFluxHost(InProcessHost):
         positive = positive or self.conditioning()
         return super().sample(model, positive, positive, LATENT, seed=1, steps=self.steps)
 
+    def source(self, model):
+        """The MODEL as weights to quantize."""
+        from svdq_core.host.source import ModelSource
+
+        return ModelSource(model)
+
     @torch.inference_mode()
     def step(self, model, control=None):
         """One call of the denoiser, on the weights as they lie."""

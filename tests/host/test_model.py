@@ -343,3 +343,25 @@ def test_a_lora_of_the_wrong_shape_leaves_the_layer_alone(host, flux_files, tmp_
     plain = host.sample(model)
     assert torch.equal(host.sample(host.apply_lora(model, path, 1.0)[0]), plain)
     assert QKV in caplog.text
+
+
+def test_a_model_s_weights_carry_their_published_names(host, flux_files):
+    """Newer hosts rename some tensors as they load them; a file must load in every host."""
+    source = host.source(host.load_16bit(flux_files.full))
+    tensors = load_file(flux_files.full)
+    assert set(source.specs) == set(tensors)
+    assert all(torch.equal(source.get(name).to(tensors[name].dtype), tensors[name]) for name in tensors)
+
+
+def test_a_model_s_patches_are_part_of_its_weights(host, flux_files, kohya):
+    full = host.load_16bit(flux_files.full)
+    patched, _ = host.apply_lora(full, kohya, 1.0)
+    lora, name = load_file(kohya), "lora_unet_single_blocks_0_linear1"
+    added = lora[f"{name}.lora_up.weight"] @ lora[f"{name}.lora_down.weight"] * 0.5
+    weight = load_file(flux_files.full)[f"{LINEAR1}.weight"].float()
+    for loaded in (False, True):
+        if loaded:
+            host.sample(patched)  # now the host has patched its own copy
+        found = host.source(patched).get(f"{LINEAR1}.weight").float()
+        assert relative(found - weight, added) < 1e-2
+    host.unload_all()
