@@ -1,6 +1,6 @@
 """How large FLUX.1's quantized layers are: arithmetic over their true shapes, no weights needed.
 
-    python -m benchmarks.flux_sizes
+python -m benchmarks.flux_sizes
 """
 
 import json
@@ -48,7 +48,9 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.flux_sizes",
         "FLUX.1-dev": {"parameters": PARAMETERS, "bytes_16bit": 2 * PARAMETERS} | flux,
-        "rank 32 by hidden size": {str(h): sizes(h, 1, 6, 32)["size_ratio"] for h in (256, 512, 1024, 1536, 2048, 3072)},
+        "rank 32 by hidden size": {
+            str(h): sizes(h, 1, 6, 32)["size_ratio"] for h in (256, 512, 1024, 1536, 2048, 3072)
+        },
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "flux_sizes.json").write_text(json.dumps(result, indent=2) + "\n")
