@@ -6,6 +6,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from . import bench
 from .doctor import diagnose
 from .errors import SVDQuantError
 from .quantizer.pipeline import (
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="which backend runs here, and why")
     doctor.set_defaults(command=lambda options: print(diagnose()))
+
+    timing = commands.add_parser("bench", help="time the kernels of this card against 16 bits and peers")
+    bench.add_arguments(timing)
+    timing.set_defaults(command=bench.run)
     return parser
 
 

@@ -5,6 +5,7 @@ import platform
 import torch
 
 from . import __version__
+from .kernels import status
 
 
 def diagnose() -> str:
@@ -24,7 +25,5 @@ def diagnose() -> str:
 
 
 def _backend(index: int) -> str:
-    from .kernels import status
-
     ok, why = status(torch.device("cuda", index))
     return f"{'compiled kernels' if ok else 'reference backend (plain torch)'}: {why}"

@@ -112,7 +112,7 @@ class SVDQLinear(torch.nn.Module):
         small = {
             name: None if tensor is None else tensor.to(x.dtype) for name, tensor in tensors.items() if name != "weight"
         }
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         quantized = quantize_act_int4(rows, small["smooth_factor"], small["proj_down"], self.act_unsigned)
         y = linear_int4(
             *quantized,

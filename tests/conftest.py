@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [r for r in terminalreporter.getreports("skipped") if "gpu" in r.keywords]
     if skipped:
         terminalreporter.section("GPU")
-        terminalreporter.line(f"{len(skipped)} GPU tests skipped: no CUDA device here")
+        terminalreporter.line(f"{len(skipped)} GPU tests skipped here")
 
 
 @pytest.fixture(scope="session")

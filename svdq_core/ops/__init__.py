@@ -5,6 +5,8 @@ and a fake kernel, so ``torch.compile`` and CUDA graphs see through it. Device k
 themselves on top (``svdq_core.ops.cuda``).
 """
 
-from . import int4
+from . import cuda, fused, int4
 
-__all__ = ["int4"]
+cuda.register()
+
+__all__ = ["cuda", "fused", "int4"]

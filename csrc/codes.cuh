@@ -1,0 +1,38 @@
+// Four-bit codes of activations: the rounding that both kernels share.
+#pragma once
+
+#include "device.cuh"
+
+// What is quantized of an activation: its value over the smoothing factor, after the shift that
+// makes a GELU's output non-negative (unsigned). Finite for finite input.
+template <class T, bool Unsigned>
+SVDQ_DEVICE float smoothed(float value, float inverse_smooth) {
+    return (Unsigned ? value + kGeluShift : value) * inverse_smooth;
+}
+
+// Codes per unit of the group's largest magnitude; 0 for a group that is zero for all purposes.
+template <bool Unsigned>
+SVDQ_DEVICE float inverse_scale(float largest) {
+    constexpr float kLimit = Unsigned ? 15.f : 7.f;
+    return largest > kFloatTiny * kLimit ? kLimit * reciprocal(largest) : 0.f;
+}
+
+// Eight values to eight nibbles, the first lowest.
+//
+// Adding 12582912 (0x4B400000) to a small number rounds it to an integer and leaves that in the low
+// bits of the float. The nibbles are then shifted together as they are, in 8 instructions, with the
+// constant parts of all eight taken off at the end. Signed codes are offset by 8 meanwhile, so that
+// none borrows from its neighbour; flipping each nibble's top bit undoes that.
+template <bool Unsigned>
+SVDQ_DEVICE u32 pack_codes(const float* values, float inverse) {
+    constexpr float kOffset = 12582912.f + (Unsigned ? 0.f : 8.f);
+    constexpr u32 kBits = 0x4B400000u * 0x11111111u;  // the constant parts, modulo 2^32
+    u32 word = 0;
+#pragma unroll
+    for (int i = 7; i >= 0; --i) {
+        const float value = Unsigned ? fmaxf(values[i], 0.f) : values[i];
+        word = (word << 4) + as_bits(fmaf(value, inverse, kOffset));
+    }
+    word -= kBits;
+    return Unsigned ? word : word ^ 0x88888888u;
+}

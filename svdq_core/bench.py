@@ -1,0 +1,220 @@
+"""Times the kernels of this card against what it could do at best, and against installed peers.
+
+Every time is a median over repeats, after a warm-up, of a replayed CUDA graph whose calls take turns among
+copies of their operands, more of them than fit the card's cache together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .errors import SVDQuantError
+from .numerics import int4
+from .ops.int4 import linear_int4, quantize_act_int4
+
+# (M, K, N): FLUX at 1024 x 1024 (qkv, proj, fc1, fc2, linear1), SDXL, FLUX's text stream.
+SHAPES = (
+    (4608, 3072, 9216),
+    (4608, 3072, 3072),
+    (4608, 3072, 12288),
+    (4608, 12288, 3072),
+    (4608, 3072, 21504),
+    (2048, 1280, 10240),
+    (512, 3072, 9216),
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a card was seen to do.
+
+    Attributes:
+        bandwidth: bytes a second that a large copy reads and writes.
+    """
+
+    bandwidth: float
+
+
+def median_us(calls: list[Callable[[], Any]], repeats: int = 20) -> float:
+    """Median time of one call, in microseconds; ``calls`` are the same work on different operands."""
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for index in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if index >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copies(make: Callable[[], Any], size: int) -> list[Any]:
+    """Enough copies of operands of ``size`` bytes to exceed the card's cache three times over, 4 to 64."""
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return [make() for _ in range(min(max(4, 3 * cache // max(size, 1) + 1), 64))]
+
+
+def measure_limits() -> Limits:
+    """Copy bandwidth of this card: a kernel that copies, not the copy engine, which can be slower."""
+    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    time = median_us([lambda: torch.mul(source, 1.0, out=target)] * 2)
+    return Limits(bandwidth=2 * source.numel() * 4 / (time * 1e-6))
+
+
+def _operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: bool) -> dict[str, torch.Tensor]:
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    return {
+        "x": random(m, k),
+        "smooth": (torch.rand(k, device="cuda") + 0.5).to(dtype),
+        "proj_down": random(k, rank, scale=k**-0.5),
+        "weight": int4.pack(torch.randint(-7, 8, (n, k), device="cuda", dtype=torch.int8)),
+        "weight_scale": (torch.rand(k // 64, n, device="cuda") * 0.01).to(dtype),
+        "proj_up": random(n, rank, scale=0.05),
+        "bias": random(n),
+    }
+
+
+def quantize_bytes(m: int, k: int, rank: int) -> int:
+    """The fewest bytes the quantizer must move."""
+    return 2 * m * k + m * k // 2 + 4 * m * k // 64 + 4 * m * rank + 2 * k * (rank + 1)
+
+
+def gemm_bytes(m: int, k: int, n: int, rank: int) -> int:
+    """The fewest bytes the GEMM must move."""
+    scales = k // 64 * (4 * m + 2 * n)
+    return (m + n) * k // 2 + scales + 4 * m * rank + 2 * n * (rank + 1) + 2 * m * n
+
+
+def bench_shape(
+    m: int, k: int, n: int, rank: int, dtype: torch.dtype, limits: Limits, peers: bool = True
+) -> dict[str, Any]:
+    """Times of one layer: ours in its two halves and together, the 16-bit layer, and peers."""
+    sets = copies(lambda: _operands(m, k, n, rank, dtype, False), 2 * m * k + n * k // 2 + 2 * m * n)
+
+    def quantize(o: dict[str, torch.Tensor]):
+        return quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False)
+
+    def linear(o: dict[str, torch.Tensor], quantized):
+        return linear_int4(*quantized, o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False)
+
+    quantized = [quantize(o) for o in sets]
+    result: dict[str, Any] = {"m": m, "k": k, "n": n, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
+    result["quantize_us"] = median_us([lambda o=o: quantize(o) for o in sets])
+    result["gemm_us"] = median_us([lambda o=o, q=q: linear(o, q) for o, q in zip(sets, quantized, strict=True)])
+    result["layer_us"] = median_us([lambda o=o: linear(o, quantize(o)) for o in sets])
+    moved = quantize_bytes(m, k, rank)
+    result["quantize_share_of_bandwidth"] = moved / (result["quantize_us"] * 1e-6) / limits.bandwidth
+    result["gemm_tops"] = 2 * m * n * k / result["gemm_us"] * 1e-6
+    moved = gemm_bytes(m, k, n, rank)
+    result["gemm_share_of_bandwidth"] = moved / (result["gemm_us"] * 1e-6) / limits.bandwidth
+
+    weights = [torch.randn(n, k, device="cuda").to(dtype) for _ in sets[:4]]
+    pairs = list(zip(sets, weights, strict=False))
+    result["16bit_us"] = median_us(
+        [lambda o=o, w=w: torch.nn.functional.linear(o["x"], w, o["bias"]) for o, w in pairs]
+    )
+    result["speedup_over_16bit"] = result["16bit_us"] / result["layer_us"]
+    if peers:
+        for name, make in _PEERS.items():
+            timed = _peer(make, pairs, rank)
+            if timed is not None:
+                result[f"{name}_us"] = timed
+                result[f"speedup_over_{name}"] = timed / result["layer_us"]
+    return result
+
+
+def _peer(make: Callable, pairs: list, rank: int) -> float | None:
+    """Time of a peer's layer, or None where it is not installed."""
+    try:
+        layers = [make(o, w, rank) for o, w in pairs]
+    except ImportError:
+        return None
+    return median_us([lambda o=o, f=f: f(o["x"]) for (o, _), f in zip(pairs, layers, strict=True)])
+
+
+def _bitsandbytes_nf4(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    import bitsandbytes
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), state, bias=o["bias"])
+
+
+_PEERS: dict[str, Callable] = {"nf4": _bitsandbytes_nf4}
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on."""
+    versions = {"svdquant": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("bitsandbytes", "comfy-kitchen", "nunchaku"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = f"sm_{properties.major}{properties.minor}"
+    return {"chip": properties.name, "architecture": capability, "cuda": str(torch.version.cuda), **versions}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results for a person."""
+    peers = [name for name in ("16bit", *_PEERS) if any(f"{name}_us" in r for r in results)]
+    head = ["M x K x N", "quantize", "of copy", "gemm", "TOPS", "layer", *peers, *(f"x {name}" for name in peers)]
+    rows = [head]
+    for r in results:
+        row = [f"{r['m']} x {r['k']} x {r['n']}", f"{r['quantize_us']:.1f}", f"{r['quantize_share_of_bandwidth']:.0%}"]
+        row += [f"{r['gemm_us']:.1f}", f"{r['gemm_tops']:.0f}", f"{r['layer_us']:.1f}"]
+        row += [f"{r[f'{name}_us']:.1f}" if f"{name}_us" in r else "-" for name in peers]
+        row += [f"{r[f'{name}_us'] / r['layer_us']:.2f}" if f"{name}_us" in r else "-" for name in peers]
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m svdq_core bench``."""
+    parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("M", "K", "N"), help="default: FLUX's")
+    parser.add_argument("--rank", type=int, default=32, help="of the low-rank branch")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16")
+    parser.add_argument("--no-peers", action="store_true", help="time ours and 16 bits only")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time every shape, print a table (times in microseconds), and write JSON if asked.
+
+    Raises:
+        SVDQuantError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise SVDQuantError("bench needs a CUDA device, and torch sees none")
+    limits = measure_limits()
+    shapes = options.shape or SHAPES
+    dtype = _DTYPES[options.dtype]
+    results = [bench_shape(m, k, n, options.rank, dtype, limits, not options.no_peers) for m, k, n in shapes]
+    print(table(results))
+    if options.json:
+        report = {"environment": environment(), "copy_bytes_per_second": limits.bandwidth, "results": results}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")

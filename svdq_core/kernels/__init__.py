@@ -1,0 +1,53 @@
+"""Compiled kernels: finds or compiles the device code, picks tiles, launches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OLDEST = 75
+
+
+def status(device: torch.device) -> tuple[bool, str]:
+    """Whether the compiled kernels run on a device, and a sentence that says why or why not.
+
+    Nothing is compiled: this says what the first launch would do.
+    """
+    if device.type != "cuda":
+        return False, f"{device.type} is not a CUDA device"
+    index = device.index
+    if index is None:
+        import torch
+
+        index = torch.cuda.current_device()
+    return _status(index)
+
+
+@lru_cache(maxsize=64)
+def _status(index: int) -> tuple[bool, str]:
+    import torch
+
+    from ..errors import SVDQuantError
+    from . import driver, library, nvrtc
+
+    if torch.version.hip is not None:
+        return False, "this torch is built for ROCm, and the kernels are CUDA's"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major * 10 + minor < OLDEST:
+        return False, f"the kernels need compute capability 7.5 or newer, this card has {major}.{minor}"
+    try:
+        driver.launcher()
+        if (library.PREBUILT / library.source_hash()).is_dir():
+            return True, "built ahead of time" + _sm_note(major)
+        compiler = nvrtc.find()
+    except SVDQuantError as error:
+        return False, str(error)
+    version = "{}.{}".format(*compiler.version)
+    return True, f"compiled at first use by NVRTC {version}, which torch carries" + _sm_note(major)
+
+
+def _sm_note(major: int) -> str:
+    return "" if major < 9 else " (this architecture emulates 4-bit products: correct, but not fast)"

@@ -1,0 +1,97 @@
+"""The CUDA driver, called directly: load machine code, launch a kernel.
+
+The ahead-of-time build puts a small compiled launcher beside this package, which does the same with less
+overhead per launch; without it these calls go through ctypes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from functools import lru_cache
+from typing import Protocol
+
+from ..errors import SVDQuantError
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # this thread has not used CUDA yet
+
+
+class DriverError(SVDQuantError):
+    """The CUDA driver refused a call."""
+
+
+class Launcher(Protocol):
+    """What both launchers offer; handles are integers."""
+
+    def load(self, image: bytes, entry: str, shared_bytes: int) -> int:
+        """Load machine code into the current context; the handle of a kernel that may use that much memory."""
+
+    def launch(
+        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, stream: int, arguments: bytes
+    ) -> None:
+        """Start a kernel whose one parameter is a structure with these bytes."""
+
+
+class DriverLauncher:
+    """A :class:`Launcher` over ctypes."""
+
+    def __init__(self) -> None:
+        self._driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        self._check(self._driver.cuInit(0), "cuInit")
+        self._launch = self._driver.cuLaunchKernel
+        self._launch.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_uint] * 7,
+            *[ctypes.c_void_p] * 3,
+        ]
+
+    def load(self, image: bytes, entry: str, shared_bytes: int) -> int:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {entry}")
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), entry)
+        self._check(
+            self._driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes),
+            f"giving {entry} {shared_bytes} bytes of shared memory",
+        )
+        return function.value
+
+    def launch(
+        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, stream: int, arguments: bytes
+    ) -> None:
+        # The driver copies the structure out of the bytes object before it returns.
+        parameters = ctypes.byref(ctypes.c_char_p(arguments))
+        call = (function, *grid, threads, 1, 1, shared, stream, parameters, None)
+        result = self._launch(*call)
+        if result == _INVALID_CONTEXT:
+            import torch
+
+            torch.cuda.synchronize()  # binds this thread to the device
+            result = self._launch(*call)
+        if result:
+            self._check(result, f"launching {grid} blocks of {threads} threads, {shared} bytes of shared memory")
+
+    def _check(self, result: int, what: str) -> None:
+        if result:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(result, ctypes.byref(text))
+            message = text.value.decode() if text.value else "unknown error"
+            raise DriverError(f"CUDA driver: {message} ({result}) while {what}")
+
+
+@lru_cache(maxsize=1)
+def launcher() -> Launcher:
+    """The compiled launcher if it was built, else the one over ctypes.
+
+    Raises:
+        DriverError: there is no CUDA driver.
+    """
+    with contextlib.suppress(ImportError):
+        from . import _launcher
+
+        return _launcher.Launcher()
+    try:
+        return DriverLauncher()
+    except OSError as error:
+        raise DriverError(f"the CUDA driver library does not load: {error}") from error

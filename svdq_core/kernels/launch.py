@@ -1,0 +1,329 @@
+"""Checks arguments, allocates outputs, and launches the kernels on the current stream.
+
+Every check comes before any launch, and says which operand is wrong and how. Between the checks and the
+launch there is little: this runs some five hundred times a diffusion step.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..errors import SVDQuantError
+from . import driver, library, plan
+
+# The kernels' Arguments structures: pointers, then sizes, as the compiler lays them out.
+_QUANTIZE = struct.Struct("8P4i2Pi0P")
+_GEMM = struct.Struct("8P4i5P2i3Pf0P")
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_RANK_STEP = 8  # ranks that fill 16 bytes
+
+
+class KernelInputError(SVDQuantError, ValueError):
+    """An operand that no kernel takes."""
+
+
+@lru_cache(maxsize=64)
+def _card(index: int) -> tuple[int, int]:
+    """(10 * major + minor, multiprocessors) of a device."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+@lru_cache(maxsize=1)
+def _device_count() -> int:
+    return torch.cuda.device_count()
+
+
+class _Kernel(NamedTuple):
+    """A loaded kernel and the shape of its launch."""
+
+    start: Callable[..., None]
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+
+    def launch(self, stream: int, arguments: bytes) -> None:
+        self.start(self.function, self.grid, self.threads, self.shared, stream, arguments)
+
+
+def _kernel(index: int, build: plan.Build, grid: tuple[int, int, int], shared: int) -> _Kernel:
+    """Load a build on the current device, compiling it if need be."""
+    function = library.function(index, _card(index)[0], build)
+    return _Kernel(driver.launcher().launch, function, grid, build.threads, shared)
+
+
+@lru_cache(maxsize=4096)
+def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> _Kernel:
+    build = plan.gemm_build(*_card(index), m, n, bf16, unsigned, epilogue)
+    return _kernel(index, build, build.grid(m, n), build.shared_bytes())
+
+
+@lru_cache(maxsize=4096)
+def _quantize_kernel(
+    index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int
+) -> tuple[_Kernel, int, int]:
+    """The kernel, its slices, and the groups in each."""
+    build, grid, slice_groups = plan.quantize_build(*_card(index), m, k, rank, bf16, unsigned, prologue)
+    return _kernel(index, build, grid, build.shared_bytes(slice_groups)), grid[1], slice_groups
+
+
+def _on(index: int):
+    """Makes a device current; costs nothing where there is one only."""
+    return nullcontext() if _device_count() == 1 else torch.cuda.device(index)
+
+
+def _expect(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple, dtype: torch.dtype):
+    """Raise if an operand's device, dtype, shape or layout is not what the kernels read."""
+    if (
+        tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.get_device() == like.get_device()
+        and tensor.is_contiguous()
+        and not tensor.data_ptr() & 15
+    ):
+        return
+    if tensor.device != like.device:
+        raise KernelInputError(f"svdq::{operator}: {name} is on {tensor.device}, the activations on {like.device}")
+    if tensor.dtype != dtype:
+        raise KernelInputError(f"svdq::{operator}: {name} is {tensor.dtype}, expected {dtype}")
+    if tuple(tensor.shape) != shape:
+        raise KernelInputError(f"svdq::{operator}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_contiguous():
+        raise KernelInputError(f"svdq::{operator}: {name} has strides {tensor.stride()}; make it contiguous")
+    if tensor.data_ptr() % 16:
+        raise KernelInputError(f"svdq::{operator}: {name} does not start on a 16-byte boundary; clone it")
+
+
+def _check_width(operator: str, k: int) -> None:
+    if k == 0 or k % plan.GROUP:
+        raise KernelInputError(f"svdq::{operator}: K = {k} is not a positive multiple of {plan.GROUP}")
+
+
+def _check_limits(operator: str, m: int, n: int, k: int) -> None:
+    if max(m * n, m * k, n * k) >= 2**31:
+        raise KernelInputError(f"svdq::{operator}: {m} x {k} x {n} is beyond 2^31 elements; split the rows")
+
+
+def _pad_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The kernels read 8 ranks at a time; other ranks cost a copy (layers keep theirs a multiple)."""
+    extra = -tensor.shape[1] % _RANK_STEP
+    return torch.nn.functional.pad(tensor, (0, extra)) if extra else tensor
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """Counters that are zero between launches; one set a stream, since launches of a stream don't overlap.
+
+    While a graph is captured they are its own, zeroed by the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = x.device.index, stream
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+        _counters[key] = counters
+    return counters
+
+
+def quantize(
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    prologue: int = plan.PLAIN,
+    modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``svdq::quantize_act_int4``, with GELU or a modulation in front.
+
+    Args:
+        modulation: (scale, shift), each (B, K); rows ``i * M / B`` on take row ``i``.
+
+    Returns:
+        qact, act_scale, down.
+
+    Raises:
+        KernelInputError: an operand that the kernel does not take.
+    """
+    name = "quantize_act_int4"
+    if x.dim() != 2 or x.dtype not in _SIXTEEN_BIT:
+        raise KernelInputError(f"svdq::{name}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
+    m, k = x.shape
+    _check_width(name, k)
+    _check_limits(name, m, 1, k)
+    if proj_down.dim() != 2:
+        raise KernelInputError(f"svdq::{name}: proj_down has shape {tuple(proj_down.shape)}, expected (K, rank)")
+    rank = proj_down.shape[1]
+    _expect(name, "x", x, x, (m, k), x.dtype)
+    _expect(name, "smooth_factor", smooth_factor, x, (k,), x.dtype)
+    _expect(name, "proj_down", proj_down, x, (k, rank), x.dtype)
+    proj_down = _pad_rank(proj_down)
+    padded = proj_down.shape[1]
+    scale_pointer = shift_pointer = 0
+    modulation_rows = 1
+    if modulation is not None:
+        batch = modulation[0].shape[0]
+        if batch == 0 or m % batch:
+            raise KernelInputError(f"svdq::{name}: {m} rows do not divide into {batch} modulations")
+        for label, tensor in zip(("scale", "shift"), modulation, strict=True):
+            _expect(name, label, tensor, x, (batch, k), x.dtype)
+        scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
+        modulation_rows = max(m // batch, 1)
+
+    device = x.device
+    qact = torch.empty((m, k // 2), dtype=torch.int8, device=device)
+    act_scale = torch.empty((k // plan.GROUP, m), dtype=torch.float32, device=device)
+    down = torch.empty((m, padded), dtype=torch.float32, device=device)
+    if m:
+        index = device.index
+        with _on(index):
+            kernel, slices, slice_groups = _quantize_kernel(
+                index, m, k, padded, x.dtype == torch.bfloat16, bool(act_unsigned), prologue
+            )
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            partial = counters = None
+            if slices > 1 and padded:
+                partial = torch.empty((slices, m, padded), dtype=torch.float32, device=device)
+                counters = _zero_counters(x, stream, kernel.grid[0] * kernel.grid[2])
+            arguments = _QUANTIZE.pack(
+                x.data_ptr(),
+                smooth_factor.data_ptr(),
+                proj_down.data_ptr(),
+                qact.data_ptr(),
+                act_scale.data_ptr(),
+                down.data_ptr(),
+                0 if partial is None else partial.data_ptr(),
+                0 if counters is None else counters.data_ptr(),
+                m,
+                k,
+                padded,
+                slice_groups,
+                scale_pointer,
+                shift_pointer,
+                modulation_rows,
+            )
+            kernel.launch(stream, arguments)
+    return qact, act_scale, down if padded == rank else down[:, :rank].contiguous()
+
+
+def gemm(
+    qact: torch.Tensor,
+    act_scale: torch.Tensor,
+    down: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    proj_up: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_unsigned: bool,
+    *,
+    next_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
+    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | None = None,
+    build: plan.GemmBuild | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``svdq::linear_int4``, and the same with an epilogue.
+
+    Args:
+        next_layer: (smooth_factor, proj_down) of the layer that takes GELU(y): return its qact, act_scale
+            and down instead of y.
+        norm: (q weight, k weight, rope (M, 64, 2), epsilon): normalize and rotate the heads of q and k.
+        build: run this one instead of the plan's, to tune or to time.
+
+    Raises:
+        KernelInputError: an operand that the kernel does not take.
+    """
+    name = "linear_int4"
+    dtype = proj_up.dtype
+    if dtype not in _SIXTEEN_BIT:
+        raise KernelInputError(f"svdq::{name}: proj_up is {dtype}, expected bfloat16 or float16")
+    if qact.dim() != 2 or weight.dim() != 2 or down.dim() != 2:
+        raise KernelInputError(f"svdq::{name}: qact, weight and down must have two dimensions")
+    m, half_k = qact.shape
+    n, k, rank = weight.shape[0], 2 * half_k, down.shape[1]
+    _check_width(name, k)
+    _check_limits(name, m, n, k)
+    if n == 0 or n % 8:
+        raise KernelInputError(f"svdq::{name}: N = {n} is not a positive multiple of 8")
+    groups = k // plan.GROUP
+    _expect(name, "qact", qact, qact, (m, half_k), torch.int8)
+    _expect(name, "act_scale", act_scale, qact, (groups, m), torch.float32)
+    _expect(name, "down", down, qact, (m, rank), torch.float32)
+    _expect(name, "weight", weight, qact, (n, half_k), torch.int8)
+    _expect(name, "weight_scale", weight_scale, qact, (groups, n), dtype)
+    _expect(name, "proj_up", proj_up, qact, (n, rank), dtype)
+    if bias is not None:
+        _expect(name, "bias", bias, qact, (n,), dtype)
+    down, proj_up = _pad_rank(down), _pad_rank(proj_up)
+
+    device = qact.device
+    epilogue = plan.STORE
+    pointers = [0, 0, 0, 0, 0]  # of the next layer
+    next_rank = norm_columns = 0
+    norm_pointers = [0, 0, 0]
+    epsilon = 0.0
+    if next_layer is not None:
+        epilogue = plan.GELU_QUANTIZE
+        smooth, proj_down = next_layer
+        if n % plan.GROUP:
+            raise KernelInputError(f"svdq::{name}: N = {n} is not a multiple of {plan.GROUP}, as the next layer needs")
+        true_rank = proj_down.shape[1]
+        _expect(name, "next_smooth_factor", smooth, qact, (n,), dtype)
+        _expect(name, "next_proj_down", proj_down, qact, (n, true_rank), dtype)
+        proj_down = _pad_rank(proj_down)
+        next_rank = proj_down.shape[1]
+        out = (
+            torch.empty((m, n // 2), dtype=torch.int8, device=device),
+            torch.empty((n // plan.GROUP, m), dtype=torch.float32, device=device),
+            torch.zeros((m, next_rank), dtype=torch.float32, device=device),
+        )
+        pointers = [smooth.data_ptr(), proj_down.data_ptr(), *(tensor.data_ptr() for tensor in out)]
+    else:
+        out = torch.empty((m, n), dtype=dtype, device=device)
+    if norm is not None:
+        epilogue = plan.NORM_ROPE
+        norm_q, norm_k, rope, epsilon = norm
+        if n % 384:
+            raise KernelInputError(f"svdq::{name}: N = {n} is not q, k and v of whole heads of 128 columns")
+        _expect(name, "norm_q", norm_q, qact, (128,), dtype)
+        _expect(name, "norm_k", norm_k, qact, (128,), dtype)
+        _expect(name, "rope", rope, qact, (m, 64, 2), torch.float32)
+        norm_columns = n // 3
+        norm_pointers = [norm_q.data_ptr(), norm_k.data_ptr(), rope.data_ptr()]
+    if m:
+        arguments = _GEMM.pack(
+            qact.data_ptr(),
+            act_scale.data_ptr(),
+            down.data_ptr(),
+            weight.data_ptr(),
+            weight_scale.data_ptr(),
+            proj_up.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr() if next_layer is None else 0,
+            m,
+            n,
+            k,
+            down.shape[1],
+            *pointers,
+            next_rank,
+            norm_columns,
+            *norm_pointers,
+            epsilon,
+        )
+        index = device.index
+        with _on(index):
+            if build is None:
+                kernel = _gemm_kernel(index, m, n, dtype == torch.bfloat16, bool(act_unsigned), epilogue)
+            else:
+                kernel = _kernel(index, build, build.grid(m, n), build.shared_bytes())
+            kernel.launch(torch._C._cuda_getCurrentRawStream(index), arguments)
+    if next_layer is not None and next_rank != true_rank:
+        return out[0], out[1], out[2][:, :true_rank].contiguous()
+    return out

@@ -1,0 +1,362 @@
+"""The kernels without a GPU: they compile everywhere, to lean code, and bad input never reaches a card."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_core.kernels import cache, launch, library, nvrtc, plan, status
+from svdq_core.numerics import int4
+from svdq_core.ops import fused
+from svdq_core.ops.int4 import linear_int4, quantize_act_int4
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sass
+
+LARGE = plan.GemmBuild(True, False, plan.LARGE)
+MEDIUM = plan.GemmBuild(False, True, plan.MEDIUM)
+
+
+def compiler() -> nvrtc.Compiler:
+    try:
+        return nvrtc.find()
+    except nvrtc.CompilerError as error:
+        pytest.skip(str(error))
+
+
+@functools.lru_cache(maxsize=64)
+def disassembled(build: plan.Build, capability: int, folder: Path) -> tuple[sass.Instruction, ...]:
+    if sass.tool("nvdisasm") is None:
+        pytest.skip("nvdisasm is not installed")
+    headers = {name: text for name, text in library.sources().items() if name.endswith(".cuh")}
+    options = library.options(build, str(capability))
+    code = compiler().compile(build.source, library.sources()[build.source], headers, options)
+    path = folder / "kernel.cubin"
+    path.write_bytes(code)
+    return tuple(sass.disassemble(path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubin")
+
+
+def quantizer(capability: int, rank: int = 32) -> plan.QuantizeBuild:
+    return plan.quantize_build(capability, 100, 4608, 3072, rank, capability >= 80, False)[0]
+
+
+# ---- compilation and machine code
+
+
+@pytest.mark.parametrize("capability", plan.ARCHITECTURES)
+def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> None:
+    """No toolkit header is passed, so none is needed; no register lives in local memory."""
+    builds = [quantizer(capability), MEDIUM, LARGE]
+    for build in builds:
+        if plan.runs_on(build, capability):
+            mix = sass.mix(disassembled(build, capability, folder))
+            spills = {name: mix[name] for name in ("LDL", "STL") if mix[name]}
+            # sm_75 has no asynchronous copies: the copies' data passes through registers there.
+            assert not spills or capability == 75, f"{plan.build_name(build)}: {spills}"
+
+
+@pytest.mark.parametrize(("epilogue", "words"), [(plan.GELU_QUANTIZE, 0), (plan.NORM_ROPE, 3)])
+def test_fused_epilogues_leave_the_main_loop_alone(epilogue: int, words: int, folder: Path) -> None:
+    """Nothing of the loop over groups is in local memory; around it, a few words with norm and rotation."""
+    build = plan.GemmBuild(True, False, plan.LARGE, epilogue)
+    code = list(disassembled(build, 89, folder))
+    assert not {"LDL", "STL"} & set(sass.mix(sass.main_loop(code, "IMMA")))
+    assert sass.mix(code)["STL"] <= words
+
+
+@pytest.mark.parametrize("capability", [86, 89])
+@pytest.mark.parametrize("build", [LARGE, MEDIUM], ids=["large-bf16", "medium-fp16-unsigned"])
+def test_gemm_main_loop_is_lean(build: plan.GemmBuild, capability: int, folder: Path) -> None:
+    """The loop over groups: native 4-bit products, and at most 12 instructions for each."""
+    code = list(disassembled(build, capability, folder))
+    loop = sass.main_loop(code, "IMMA")
+    products = [i for i in loop if i.opcode.startswith("IMMA")]
+    kind = "U4.S4" if build.unsigned else "S4.S4"
+    assert all(i.opcode == f"IMMA.16864.{kind}" for i in products)
+    assert len(products) == plan.LARGE.wm // 16 * plan.LARGE.wn // 8
+    assert len(loop) <= 12 * len(products)
+    mix = sass.mix(loop)
+    assert mix["FFMA"] == 8 * len(products), "two for each accumulator"
+    assert not {"I2F", "I2FP", "F2F", "F2FP"} & set(mix), "no conversion of integers or of sums"
+    assert all("LDS.128" in i.opcode for i in loop if i.opcode.startswith("LDS."))
+    # With its share of copies, barrier and ring, a stage of two groups stays below 12.5.
+    stage = next(
+        body for body in sass.loops(code) if len(body) > len(loop) and any(i.opcode.startswith("LDGSTS") for i in body)
+    )
+    assert {i.address for i in loop} <= {i.address for i in stage}
+    whole = len(stage) + (build.tile.groups - 1) * len(loop)
+    assert whole <= 12.6 * build.tile.groups * len(products)
+
+
+@pytest.mark.parametrize("capability", [86, 89])
+def test_global_accesses_are_wide(capability: int, folder: Path) -> None:
+    code = disassembled(LARGE, capability, folder)
+    copies = [i for i in code if i.opcode.startswith("LDGSTS")]
+    assert copies
+    assert all(i.opcode.endswith(".128") for i in copies)
+    stores = [i for i in code if i.opcode.startswith("STG")]
+    assert stores
+    assert all("128" in i.opcode for i in stores)
+
+
+def test_compiler_error_has_the_log() -> None:
+    with pytest.raises(nvrtc.CompilerError, match="nonsense"):
+        compiler().compile("broken.cu", "nonsense;", {}, ["-arch=sm_89"])
+
+
+def test_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(["/nowhere/libnvrtc.so"]))
+    nvrtc.find.cache_clear()
+    try:
+        with pytest.raises(nvrtc.CompilerError, match="NVRTC was not found"):
+            nvrtc.find()
+    finally:
+        nvrtc.find.cache_clear()
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SVDQ_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_cache_round_trip(cache_folder: Path) -> None:
+    assert cache.read("key") is None
+    cache.write("key", b"code")
+    assert cache.read("key") == b"code"
+    assert [path.name for path in cache_folder.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:40] + b"x" + data[41:]]
+)
+def test_damaged_entry_counts_as_missing(cache_folder: Path, damage) -> None:
+    cache.write("key", bytes(range(256)))
+    path = cache_folder / "key"
+    path.write_bytes(damage(path.read_bytes()))
+    assert cache.read("key") is None
+    cache.write("key", b"again")
+    assert cache.read("key") == b"again"
+
+
+def test_damaged_entry_is_compiled_again(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        version = (13, 0)
+        calls = 0
+
+        def compile(self, *_: object) -> bytes:
+            self.calls += 1
+            return b"machine code"
+
+    fake = Fake()
+    monkeypatch.setattr(nvrtc, "find", lambda: fake)
+    assert [library.machine_code(LARGE, 89) for _ in range(2)] == [b"machine code"] * 2
+    assert fake.calls == 1
+    (entry,) = cache_folder.iterdir()
+    entry.write_bytes(b"garbage")
+    assert library.machine_code(LARGE, 89) == b"machine code"
+    assert fake.calls == 2
+    library.machine_code(LARGE, 86)
+    library.machine_code(MEDIUM, 89)
+    fake.version = (12, 8)
+    library.machine_code(LARGE, 89)
+    assert fake.calls == 5, "architecture, build and compiler version are part of the key"
+
+
+def _hammer(folder: str, seed: int) -> bool:
+    """Write and read one entry over and over; whether every read gave a whole entry."""
+    import os
+
+    os.environ["SVDQ_CACHE_DIR"] = folder
+    good = {hashlib.sha256(bytes([s])).digest() * 4000 for s in (1, 2)}
+    mine = hashlib.sha256(bytes([seed])).digest() * 4000
+    for _ in range(60):
+        cache.write("shared", mine)
+        if cache.read("shared") not in good:
+            return False
+    return True
+
+
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert all(pool.starmap(_hammer, [(str(tmp_path), 1), (str(tmp_path), 2)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SVDQ_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    cache.write("key", b"code")
+    assert cache.read("key") is None
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("capability", plan.ARCHITECTURES)
+def test_plan_fits_every_card(capability: int) -> None:
+    shared = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[capability] * 1024
+    builds = set(plan.all_builds(capability))
+    assert all(build.shared_bytes() <= shared for build in builds)
+    for m in (1, 7, 77, 512, 4608):
+        for n, k in ((8, 64), (3072, 3072), (21504, 3072), (3072, 15360)):
+            for epilogue in (plan.STORE, plan.GELU_QUANTIZE, plan.NORM_ROPE):
+                build = plan.gemm_build(capability, 82, m, n, capability >= 80, False, epilogue)
+                assert build in builds
+                assert build.grid(m, n)[0] * build.tile.bm * build.tile.bn >= m * n
+            build, grid, slice_groups = plan.quantize_build(capability, 82, m, k, 48, capability >= 80, False)
+            assert build in builds
+            assert slice_groups * (grid[1] - 1) < k // 64 <= slice_groups * grid[1]
+            assert slice_groups <= plan.MOST_SLICE_GROUPS
+            assert grid[2] * build.rank_tiles * 8 >= 48
+
+
+def test_large_shapes_get_large_tiles() -> None:
+    assert plan.gemm_build(89, 128, 4608, 9216, True, False).tile == plan.LARGE
+    assert plan.gemm_build(89, 128, 77, 3072, True, False).tile == plan.SMALL
+
+
+# ---- bad input: an error before any launch (nothing here could launch)
+
+
+def operands(m: int = 4, n: int = 16, k: int = 128, rank: int = 8, dtype: torch.dtype = torch.float16) -> dict:
+    return {
+        "qact": torch.zeros(m, k // 2, dtype=torch.int8),
+        "act_scale": torch.zeros(k // 64, m),
+        "down": torch.zeros(m, rank),
+        "weight": torch.zeros(n, k // 2, dtype=torch.int8),
+        "weight_scale": torch.zeros(k // 64, n, dtype=dtype),
+        "proj_up": torch.zeros(n, rank, dtype=dtype),
+        "bias": torch.zeros(n, dtype=dtype),
+        "act_unsigned": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"proj_up": torch.zeros(16, 8)}, "proj_up is torch.float32"),
+        ({"qact": torch.zeros(4, 64, dtype=torch.uint8)}, "qact is torch.uint8, expected torch.int8"),
+        ({"weight": torch.zeros(16, 32, dtype=torch.int8)}, r"weight has shape \(16, 32\), expected \(16, 64\)"),
+        ({"weight": torch.zeros(64, 16, dtype=torch.int8).t()}, "weight has strides"),
+        ({"act_scale": torch.zeros(3, 4)}, "act_scale has shape"),
+        ({"weight_scale": torch.zeros(2, 16, dtype=torch.bfloat16)}, "weight_scale is torch.bfloat16"),
+        ({"bias": torch.zeros(17, dtype=torch.float16)[1:]}, "bias does not start on a 16-byte boundary"),
+        ({"down": torch.zeros(4, 16)}, "proj_up has shape"),
+        (operands(n=12), "N = 12 is not a positive multiple of 8"),
+        (operands(k=96), "K = 96 is not a positive multiple of 64"),
+    ],
+)
+def test_bad_gemm_input(change: dict, message: str) -> None:
+    with pytest.raises(launch.KernelInputError, match=message):
+        launch.gemm(**{**operands(), **change})
+
+
+@pytest.mark.parametrize(
+    ("x", "smooth", "proj_down", "message"),
+    [
+        (torch.zeros(4, 128), torch.ones(128), torch.zeros(128, 8), "x is .* torch.float32"),
+        (torch.zeros(4, 96).half(), torch.ones(96).half(), torch.zeros(96, 8).half(), "K = 96"),
+        (torch.zeros(4, 128).half(), torch.ones(128).half(), torch.zeros(64, 8).half(), "proj_down has shape"),
+        (torch.zeros(4, 128).half(), torch.ones(128).bfloat16(), torch.zeros(128, 8).half(), "smooth_factor is"),
+        (torch.zeros(128, 4).half().t(), torch.ones(128).half(), torch.zeros(128, 8).half(), "x has strides"),
+    ],
+)
+def test_bad_quantizer_input(x: torch.Tensor, smooth: torch.Tensor, proj_down: torch.Tensor, message: str) -> None:
+    with pytest.raises(launch.KernelInputError, match=message):
+        launch.quantize(x, smooth, proj_down, False)
+
+
+def test_status_of_a_cpu() -> None:
+    assert status(torch.device("cpu")) == (False, "cpu is not a CUDA device")
+
+
+def test_registering_loads_nothing() -> None:
+    """Registration must not open the driver or the compiler, nor import what does."""
+    program = (
+        "import sys, svdq_core.ops.cuda as cuda; cuda.register(); cuda.register();"
+        "print([name for name in sys.modules if name in "
+        "('svdq_core.kernels.driver', 'svdq_core.kernels.nvrtc', 'svdq_core.kernels.launch')])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    out = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+# ---- the fused operators' references and fakes
+
+
+def random_operands() -> dict:
+    torch.manual_seed(0)
+    m, n, k, rank = 5, 384, 128, 8
+    return {
+        "qact": int4.pack(torch.randint(-7, 8, (m, k))),
+        "act_scale": torch.rand(k // 64, m),
+        "down": torch.randn(m, rank),
+        "weight": int4.pack(torch.randint(-7, 8, (n, k))),
+        "weight_scale": (torch.rand(k // 64, n) * 0.05).half(),
+        "proj_up": torch.randn(n, rank).half() * 0.1,
+        "bias": torch.randn(n).half(),
+        "act_unsigned": False,
+    }
+
+
+def test_fused_references_compose_the_plain_operators() -> None:
+    o = random_operands()
+    x, smooth, proj_down = torch.randn(6, 128).half(), torch.rand(128).half() + 0.5, torch.randn(128, 8).half()
+    y = torch.nn.functional.gelu(x.float(), approximate="tanh").half()
+    for got, want in zip(
+        fused.gelu_quantize_act_int4(x, smooth, proj_down, True),
+        quantize_act_int4(y, smooth, proj_down, True),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+    scale, shift = torch.randn(2, 128).half(), torch.randn(2, 128).half()
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    y = (x.float() * (1 + scale[rows].float()) + shift[rows].float()).half()
+    got = fused.modulate_quantize_act_int4(x, scale, shift, smooth, proj_down, False)
+    assert torch.equal(got[0], quantize_act_int4(y, smooth, proj_down, False)[0])
+    rope = torch.zeros(5, 64, 2)
+    rope[..., 0] = 1  # no rotation: what is left is the norm
+    ones = torch.ones(128).half()
+    out = fused.linear_norm_rope_int4(*o.values(), ones, ones, rope, 1e-6)
+    plain = linear_int4(*o.values())
+    assert torch.equal(out[:, 256:], plain[:, 256:])
+    head = plain[:, :128].float()
+    expected = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(out[:, :128].float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_fused_fakes_match() -> None:
+    o = random_operands()
+    x, smooth, proj_down = torch.randn(6, 128).half(), torch.ones(128).half(), torch.randn(128, 8).half()
+    modulation = torch.randn(2, 128).half()
+    calls = [
+        (torch.ops.svdq.gelu_quantize_act_int4, (x, smooth, proj_down, True)),
+        (torch.ops.svdq.modulate_quantize_act_int4, (x, modulation, modulation, smooth, proj_down, False)),
+        (
+            torch.ops.svdq.linear_gelu_quantize_int4,
+            (*o.values(), torch.ones(384).half(), torch.randn(384, 8).half()),
+        ),
+        (
+            torch.ops.svdq.linear_norm_rope_int4,
+            (*o.values(), torch.ones(128).half(), torch.ones(128).half(), torch.randn(5, 64, 2), 1e-6),
+        ),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
