@@ -129,7 +129,9 @@ class SVDQLinear(torch.nn.Module):
     def _extended(self, base: torch.Tensor, extra: list[torch.Tensor]) -> torch.Tensor | None:
         if not extra:
             return None
-        return torch.cat([base, *(tensor.to(base) for tensor in extra)], dim=1)
+        extended = torch.cat([base, *(tensor.to(base) for tensor in extra)], dim=1)
+        # Kernels read ranks in eights; padding once here saves a copy at every call.
+        return torch.nn.functional.pad(extended, (0, -extended.shape[1] % 8))
 
     def extra_repr(self) -> str:
         """Shape and rank, for ``print(model)``."""

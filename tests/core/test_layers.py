@@ -55,6 +55,16 @@ def test_adapters_combine_and_leave_no_trace():
     assert layer.state_dict().keys() == state.keys()
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8, 13])
+def test_an_adapter_s_rank_is_padded_for_the_kernels(rank):
+    layer, adapter, x = make_layer(), make_adapter(rank=rank), torch.randn(7, 128)
+    before = layer(x)
+    layer.set_adapter("a", adapter)
+    assert layer.active_tensors()["proj_up"].shape[1] % 8 == 0
+    wanted = x @ added(adapter).t()
+    assert torch.linalg.norm(layer(x) - before - wanted) < 5e-3 * torch.linalg.norm(wanted)
+
+
 def test_replacing_an_adapter_does_not_add_up():
     layer, x = make_layer(), torch.randn(3, 128)
     layer.set_adapter("a", make_adapter(seed=1))
