@@ -39,6 +39,7 @@ class SVDQLinear(torch.nn.Module):
 
     def __init__(self, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]):
         super().__init__()
+        self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.rank = spec.rank

@@ -134,11 +134,11 @@ def summarize_model(model: torch.nn.Module, title: str, about: Mapping[str, obje
         layers.append(
             LayerSummary(
                 name=name,
-                format="svdquant_w4a4",
+                format=module.spec.format,
                 shape=(module.out_features, module.in_features),
                 rank=module.active_tensors()["proj_up"].shape[1],
                 nbytes=nbytes,
-                nbytes_16bit=2 * module.out_features * (module.in_features + (module.bias is not None)),
+                nbytes_16bit=module.spec.nbytes_16bit,
                 errors=errors.get(name, {}),
             )
         )

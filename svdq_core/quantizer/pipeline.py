@@ -1,9 +1,10 @@
 """A whole checkpoint from 16 to 4 bits, layer by layer: no step holds the 16-bit model in memory."""
 
+import contextlib
 import fnmatch
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..formats.safetensors_file import (
     TensorSpec,
     check_writable,
 )
-from .recipes import RECIPES, QuantizedLayer, Recipe, quantize_layer
+from .recipes import RECIPES, QuantizedLayer, Recipe, check_width, quantize_layer
 from .statistics import Calibration
 
 PRECISIONS = ("int4",)
@@ -274,12 +275,18 @@ def _layer_spec(source, layer, architecture, rank, dtype) -> LayerSpec:
         dtype=dtype,
         act_unsigned=unsigned,
     )
-    if spec.in_features % 64:
-        raise LayerError(
-            f"{source.name}: layer {layer} has {spec.in_features} input channels, not a multiple of "
-            "64. Name it among the layers to skip."
-        )
+    with _naming(source):
+        check_width(spec)
     return spec
+
+
+@contextlib.contextmanager
+def _naming(source: WeightSource) -> Iterator[None]:
+    """Put the source's name in front of errors that name a layer only."""
+    try:
+        yield
+    except LayerError as error:
+        raise LayerError(f"{source.name}: {error}") from error
 
 
 def _statistics_for(planned, recipe, settings, calibration) -> Mapping:
@@ -321,10 +328,8 @@ def _quantize(source, spec, statistics, recipe, seed, device) -> QuantizedLayer:
     bias = None
     if f"{spec.name}.bias" in source.specs:
         bias = source.get(f"{spec.name}.bias").to(device)
-    try:
+    with _naming(source):
         return quantize_layer(spec, weight, bias, statistics, recipe, seed)
-    except LayerError as error:
-        raise LayerError(f"{source.name}: {error}") from error
 
 
 def _errors(layer: QuantizedLayer) -> dict[str, float]:

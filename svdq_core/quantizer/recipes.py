@@ -226,12 +226,17 @@ def _relative(approximate: torch.Tensor, exact: torch.Tensor) -> float:
     return float(torch.linalg.norm(approximate - exact) / norm) if norm > 0 else 0.0
 
 
-def _check(spec, weight, bias, statistics) -> None:
+def check_width(spec: LayerSpec) -> None:
+    """Raise LayerError unless K is a multiple of 64."""
     if spec.in_features % int4.GROUP_SIZE:
         raise LayerError(
             f"layer {spec.name} has {spec.in_features} input channels, not a multiple of "
             f"{int4.GROUP_SIZE}. Name it among the layers to skip."
         )
+
+
+def _check(spec, weight, bias, statistics) -> None:
+    check_width(spec)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise LayerError(f"layer {spec.name}: its {name} has NaN or infinite values. The checkpoint is broken.")
