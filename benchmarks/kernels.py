@@ -43,7 +43,7 @@ extern "C" __global__ void peak(const Arguments p) {
 
 def int8_products_per_second() -> float:
     """How many m16n8k32 int8 products this card does a second."""
-    capability, multiprocessors = launch._card(torch.cuda.current_device())
+    capability, multiprocessors = launch.card(torch.cuda.current_device())
     code = nvrtc.find().compile("peak.cu", _PEAK, {}, [f"-arch=sm_{capability}"])
     launcher = driver.launcher()
     function = launcher.load(code, "peak", 0)
@@ -73,7 +73,7 @@ def quantizer(m: int, k: int, ranks: tuple[int, ...], bandwidth: float) -> list[
 
 def stand_in(m: int, k: int, n: int, peak: float) -> dict:
     """The GEMM with int8 products in place of 4-bit ones, with and without the low-rank branch."""
-    capability, multiprocessors = launch._card(torch.cuda.current_device())
+    capability, multiprocessors = launch.card(torch.cuda.current_device())
     result: dict = {"m": m, "k": k, "n": n}
     for rank in (0, 32):
         sets = bench.copies(lambda r=rank: bench._operands(m, k, n, r, torch.bfloat16, False), m * k // 2 + m * n * 2)
@@ -116,11 +116,11 @@ def cold_start(capability: int) -> dict[str, float]:
     """Seconds to get the code of everything FLUX needs: compiled, and from the cache."""
     import os
 
-    _, multiprocessors = launch._card(torch.cuda.current_device())
+    _, multiprocessors = launch.card(torch.cuda.current_device())
     builds: set[plan.Build] = set()
     for m in (4608, 4096, 512):
         for unsigned in (False, True):
-            builds.add(plan.quantize_build(capability, multiprocessors, m, 3072, 32, True, unsigned)[0])
+            builds.add(plan.quantize_launch(capability, multiprocessors, m, 3072, 32, True, unsigned).build)
             for n in (3072, 9216, 12288, 21504):
                 builds.add(plan.gemm_build(capability, multiprocessors, m, n, True, unsigned))
     result = {"builds": len(builds)}
@@ -142,7 +142,7 @@ def cold_start(capability: int) -> dict[str, float]:
 def main(path: Path) -> None:
     """Measure everything and write it down."""
     register()
-    capability, _ = launch._card(torch.cuda.current_device())
+    capability, _ = launch.card(torch.cuda.current_device())
     limits = bench.measure_limits()
     steps: dict[str, Callable] = {
         "cold_start": lambda: cold_start(capability),
@@ -160,10 +160,8 @@ def main(path: Path) -> None:
     if capability >= 90:
         peak = report["int8_products_per_second"] = int8_products_per_second()
         report["stand_in"] = [stand_in(m, k, n, peak) for m, k, n in bench.SHAPES]
-    report["layers"] = [bench.bench_shape(m, k, n, 32, torch.bfloat16, limits) for m, k, n in bench.SHAPES]
-    print(bench.table(report["layers"]))
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in report.items() if key != "layers"}, indent=1))
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

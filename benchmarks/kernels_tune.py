@@ -6,7 +6,6 @@ python -m benchmarks.kernels_tune [M K N]...
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from itertools import product
 from unittest import mock
 
@@ -29,7 +28,7 @@ def _show(title: str, timed: list[tuple[float, str]]) -> None:
 
 def tune_gemm(m: int, k: int, n: int) -> None:
     """Every tile in the plan; on cards without 4-bit products, with int8 ones in their place."""
-    stand_in = launch._card(torch.cuda.current_device())[0] >= 90
+    stand_in = launch.card(torch.cuda.current_device())[0] >= 90
     sets = bench.copies(lambda: bench._operands(m, k, n, RANK, torch.bfloat16, False), m * k // 2 + 2 * m * n)
     quantized = [quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
     timed = []
@@ -47,28 +46,30 @@ def tune_gemm(m: int, k: int, n: int) -> None:
 
 
 def tune_quantizer(m: int, k: int) -> None:
-    """Warps along K, stages and slices."""
+    """Warps in a block, and slices of the columns."""
     sets = bench.copies(lambda: bench._operands(m, k, 64, RANK, torch.bfloat16, False), 2 * m * k)
-    planned = plan.quantize_build
+    planned = plan.quantize_launch
     groups = k // plan.GROUP
     timed = []
-    for warps_k, stages, slices in product((2, 4), (2, 3, 4), (1, 2, 3, 4, 8)):
-        slice_groups = -(-groups // slices)
+    for warps, chunks in product((2, 4, 7, 10, 14), (1, 2, 4, 8)):
+        slice_groups = chunks * plan.CHUNK_GROUPS
 
-        def changed(*arguments, warps_k=warps_k, stages=stages, slice_groups=slice_groups):
-            build, grid, _ = planned(*arguments)
-            build = replace(build, warps_k=warps_k, stages=stages)
-            return build, (grid[0], -(-groups // slice_groups), grid[2]), slice_groups
+        def changed(*arguments, warps=warps, slice_groups=slice_groups):
+            launch = planned(*arguments)
+            rows = -(-m // (launch.build.rows * warps))
+            return launch._replace(
+                grid=(rows, -(-groups // slice_groups), launch.grid[2]), warps=warps, slice_groups=slice_groups
+            )
 
         launch._quantize_kernel.cache_clear()
-        with mock.patch.object(plan, "quantize_build", changed):
+        with mock.patch.object(plan, "quantize_launch", changed):
             try:
                 us = bench.median_us(
                     [lambda o=o: quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
                 )
             except SVDQuantError:  # more shared memory than the card has
                 continue
-        timed.append((us, f"{warps_k} warps along K, {stages} stages, {slices} slices"))
+        timed.append((us, f"{warps} warps, slices of {slice_groups} groups"))
     launch._quantize_kernel.cache_clear()
     _show(f"quantizer {m} x {k}", timed)
 

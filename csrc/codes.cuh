@@ -10,11 +10,16 @@ SVDQ_DEVICE float smoothed(float value, float inverse_smooth) {
     return (Unsigned ? value + kGeluShift : value) * inverse_smooth;
 }
 
-// Codes per unit of the group's largest magnitude; 0 for a group that is zero for all purposes.
+// Codes per unit of the group's largest magnitude; 0 for a group that is zero for all purposes. The
+// quarter keeps the estimate's result a normal number, whatever the largest.
 template <bool Unsigned>
 SVDQ_DEVICE float inverse_scale(float largest) {
     constexpr float kLimit = Unsigned ? 15.f : 7.f;
-    return largest > kFloatTiny * kLimit ? kLimit * reciprocal(largest) : 0.f;
+    const float quarter = largest * 0.25f;
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(quarter));
+    r = fmaf(r, fmaf(-quarter, r, 1.f), r) * (kLimit * 0.25f);
+    return largest > kFloatTiny * kLimit ? r : 0.f;
 }
 
 // Eight values to eight nibbles, the first lowest.
@@ -35,4 +40,23 @@ SVDQ_DEVICE u32 pack_codes(const float* values, float inverse) {
     }
     word -= kBits;
     return Unsigned ? word : word ^ 0x88888888u;
+}
+
+// Four values to four bytes: the codes' magnitudes. Values are not negative, or (unsigned) count as
+// 0.
+template <bool Unsigned>
+SVDQ_DEVICE u32 pack_bytes(const float* values, float inverse) {
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float value = Unsigned ? fmaxf(values[i], 0.f) : values[i];
+        bits[i] = as_bits(fmaf(value, inverse, 12582912.f));
+    }
+    return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
+                       0x5410);
+}
+
+// The sign bits of two pairs of 16-bit numbers, as the top bits of four bytes.
+SVDQ_DEVICE u32 sign_bytes(u32 first, u32 second) {
+    return __byte_perm(first, second, 0x7531) & 0x80808080u;
 }

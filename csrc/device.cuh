@@ -33,6 +33,7 @@ SVDQ_DEVICE u32 as_bits(float value) {
 // ---- 16-bit floating point: a pair in a register, the first in the low half ---------------------
 
 struct Bf16 {
+    static constexpr bool kIsBf16 = true;
     static constexpr float kLargest = 3.3895313892515355e38f;
 
     static SVDQ_DEVICE float low(u32 pair) {
@@ -53,6 +54,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
+    static constexpr bool kIsBf16 = false;
     static constexpr float kLargest = 65504.f;
 
     static SVDQ_DEVICE float low(u32 pair) {
@@ -185,6 +187,15 @@ SVDQ_DEVICE uint4 load_shared16(u32 shared) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(shared));
     return v;
+}
+
+SVDQ_DEVICE void store_shared4(u32 shared, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
+SVDQ_DEVICE void store_shared8(u32 shared, u32 first, u32 second) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(first), "r"(second)
+                 : "memory");
 }
 
 SVDQ_DEVICE u32 load_shared4(u32 shared) {

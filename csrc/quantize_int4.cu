@@ -3,12 +3,12 @@
 // The first half of an SVDQuant W4A4 layer. One build of this file is one kernel, shaped by the
 // macros below; svdq_core/kernels/plan.py says which builds there are and when each runs.
 //
-// A block takes 32 rows and a slice of the columns; its warps are two half-blocks of 16 rows times
-// WARPS_K groups of 64 columns, and step through the slice WARPS_K groups at a time, STAGES steps
-// of copies under way. The same 16 bytes of x that a lane copies serve it as what is quantized and
-// as its part of the matrix product's left operand, so x never changes lanes. For that the
-// product's columns are dealt anew: a product over 16 columns wants four from each lane of a quad
-// (lane q = lane % 4), and a lane copies
+// A warp takes 16 rows and a slice of the columns, group after group of 64; a block is WARPS warps
+// above each other, over the same slice. The same 16 bytes of x that a lane loads serve it as what
+// is quantized and as its part of the matrix product's right operand (the product is transposed,
+// proj_down^T . x^T, because that operand's registers are a row's own), so x never leaves the
+// registers. For that the product's columns are dealt anew: a product over 16 columns wants four
+// from each lane of a quad (lane q = lane % 4), and a lane loads
 //
 //     chunk 0: columns 8q .. 8q + 7        chunk 1: columns 32 + 8q .. 32 + 8q + 7
 //
@@ -16,15 +16,24 @@
 // 3, and the rows of proj_down are fetched from shared memory in the same order: row j of a
 // fragment's half h is 32 (s / 2) + 8 (j / 2) + 4 (s % 2) + 2h + j % 2.
 //
-// Shared memory:   stage 0 | stage 1 | ... | 1 / smooth for the slice, float32
-//         stage:   x: 2 KB a warp, chunk i of lane l at 512 i + 16 l
-//                  proj_down: a slab (64 rows of a group) for each pair of warps that share a group
+// proj_down comes to shared memory a step of a few groups at a time, two such steps in turn, for
+// the whole block. x comes through shared memory too, STAGES - 1 groups ahead of its use: enough
+// bytes on their way to keep the memory busy, without registers to wait in. Of x every lane copies
+// what it will use itself, so nobody waits for anybody.
+//
+// Shared memory:   step 0 | step 1 | x | 1 / smooth for the slice, float32 | (HOPPER) chunks'
+// scales
+//          step:   a slab for each group: its 64 rows of proj_down
+//             x:   for each warp STAGES times 2 KB: chunk i of lane l at 512 i + 16 l
 //
 // The rows of a slab that one ldmatrix reads differ in row / 8 % 4 and row % 2, which with the
 // swizzle below puts them into eight different 16-byte columns:
 //
 //     stride 64 bytes (up to 32 ranks):  chunk c at c ^ (row / 8 % 4); row % 2 picks the line's
 //     half stride 128 bytes (64 ranks):       chunk c at c ^ (row / 8 % 4 + 4 (row % 2))
+//
+// With HOPPER the same is written as csrc/gemm_hopper.cu reads it: codes as bytes, swizzled; scales
+// as fp16 relative to the largest of their chunk of eight groups; x . proj_down in 16 bits.
 #include "codes.cuh"
 #include "device.cuh"
 
@@ -33,8 +42,8 @@
 #    define SVDQ_UNSIGNED 0
 #    define SVDQ_RANK_TILES 4
 #    define SVDQ_PROLOGUE 0
-#    define SVDQ_WARPS_K 4
-#    define SVDQ_STAGES 3
+#    define SVDQ_STAGES 4
+#    define SVDQ_HOPPER 0
 #endif
 
 namespace {
@@ -44,38 +53,49 @@ using T = Bf16;
 #else
 using T = Fp16;
 #endif
-constexpr bool kUnsigned = SVDQ_UNSIGNED;
+constexpr bool kUnsigned = SVDQ_UNSIGNED, kHopper = SVDQ_HOPPER;
 constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a low-rank branch
 
 enum Prologue { kNone = 0, kGelu = 1, kModulate = 2 };
 constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
 
-constexpr int kWarpsK = SVDQ_WARPS_K, kStages = SVDQ_STAGES;
-constexpr int kThreads = 64 * kWarpsK, kBlockRows = 32;
+constexpr int kMostThreads = 448, kRows = 16, kStages = SVDQ_STAGES;
+constexpr int kStep = RT > 4 ? 2 : 4;  // groups whose slabs come at once
+constexpr int kChunk = 8;              // groups whose scales are relative to one another's (HOPPER)
+constexpr int kTiles = RT ? RT : 1;
 constexpr int kStride = RT > 4 ? 128 : 64;  // bytes of a slab's row
-constexpr int kSlab = RT ? kGroup * kStride : 0;
-constexpr int kWarpX = 2048;  // a warp's part of a stage
-constexpr int kStageBytes = kWarpsK * (2 * kWarpX + kSlab);
+constexpr u32 kSlab = RT ? kGroup * kStride : 0;
+constexpr u32 kStepBytes = kStep * kSlab;
+constexpr u32 kWarpX = 2048;                                   // a warp's part of a stage
+constexpr u32 kScaleBytes = kHopper ? kRows * kChunk * 4 : 0;  // of a warp
+
+// A lane's part of x . proj_down: of 16 t + g (element 0, 1) and 16 t + g + 8 (2, 3), rows 8 h + 2
+// q (0, 2) and + 1 (1, 3), where its q and g are a fragment's, t the first index and h the second.
+using Sums = float[RT ? RT / 2 : 1][2][4];
 
 struct Arguments {
     const u16* x;          // (M, K)
     const u16* smooth;     // (K,)
     const u16* proj_down;  // (K, rank)
-    u8* qact;              // (M, K / 2)
-    float* act_scale;      // (K / 64, M)
-    float* down;           // (M, rank)
-    float* partial;        // (slices, M, rank), where there are several slices
-    u32* counters;         // zero, one for each block of rows and ranks
+    u8* qact;              // (M, K / 2)              HOPPER: (K / 128, padded M, 128)
+    void* act_scale;       // (K / 64, M) float32     HOPPER: (K / 128, padded M, 2) pairs
+    void* down;            // (M, rank) float32       HOPPER: (rank / 64, padded M, 64) 16-bit
+    float* partial;        // sums of each slice, as a warp's lanes hold them
+    u32* counters;         // zero, one for each 16 rows and block of ranks
     int m, k, rank, slice_groups;
     // kModulate: x (1 + scale) + shift
     const u16* modulation_scale;  // (M / modulation_rows, K)
     const u16* modulation_shift;
     int modulation_rows;
+    // HOPPER
+    int padded_m;
+    float* chunk_scale;  // (K / 512, padded M)
+    float* down_scale;   // (rank / 64, padded M); fp16 only
 };
 
 // Where chunk `chunk` of row `row` of a slab lies.
-SVDQ_DEVICE u32 slab_offset(int row, int chunk) {
-    const int swizzle = row / 8 % 4 + (kStride == 128 ? row % 2 * 4 : 0);
+SVDQ_DEVICE u32 slab_offset(u32 row, u32 chunk) {
+    const u32 swizzle = row / 8 % 4 + (kStride == 128 ? row % 2 * 4 : 0);
     return row * kStride + ((chunk ^ swizzle) << 4);
 }
 
@@ -101,10 +121,10 @@ SVDQ_DEVICE void apply_gelu(Fragment& x) {
     }
 }
 
-SVDQ_DEVICE void apply_modulation(Fragment& x, const Arguments& p, int row0, int row1, int column) {
+SVDQ_DEVICE void apply_modulation(Fragment& x, const Arguments& p, u32 row0, u32 row1, u32 column) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const u64 at = (u64)((h ? row1 : row0) / p.modulation_rows) * p.k + column;
+        const u64 at = (u64)((h ? row1 : row0) / (u32)p.modulation_rows) * p.k + column;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint4 s = *(const uint4*)(p.modulation_scale + at + 32 * i);
@@ -121,22 +141,35 @@ SVDQ_DEVICE void apply_modulation(Fragment& x, const Arguments& p, int row0, int
     }
 }
 
+// 1 / smooth; magnitudes want it without its sign, which the weight's image has instead.
+SVDQ_DEVICE float inverse_factor(float smooth) {
+    return reciprocal(kHopper && !kUnsigned ? fabsf(smooth) : smooth);
+}
+
 // Quantizes one row of a fragment; `inverse_smooth` is shared memory with the group's 64 floats
-// from this lane's first column on. Every lane of the quad returns the group's scale.
-SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&codes)[2]) {
-    float values[16], largest = 0.f;
+// from this lane's first column on. `codes` are 16 nibbles, or with HOPPER 16 bytes. Every lane of
+// the quad returns the group's scale.
+SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&codes)[4]) {
+    // Bytes hold a magnitude and a sign: the magnitude is worked out here, the sign is x's.
+    constexpr bool kMagnitude = kHopper && !kUnsigned;
+    float values[16], part[4];  // four chains of maxima, not one long one
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint4 s = load_shared16(inverse_smooth + i / 2 * 128 + i % 2 * 16);
         const u32 first = pair[2 * i], second = pair[2 * i + 1];
-        values[4 * i] = smoothed<T, kUnsigned>(T::low(first), as_float(s.x));
-        values[4 * i + 1] = smoothed<T, kUnsigned>(T::high(first), as_float(s.y));
-        values[4 * i + 2] = smoothed<T, kUnsigned>(T::low(second), as_float(s.z));
-        values[4 * i + 3] = smoothed<T, kUnsigned>(T::high(second), as_float(s.w));
+        const float x[4] = {T::low(first), T::high(first), T::low(second), T::high(second)};
+        const u32 inverse[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            values[4 * i + j] = kMagnitude ? fabsf(x[j]) * as_float(inverse[j])
+                                           : smoothed<T, kUnsigned>(x[j], as_float(inverse[j]));
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-        largest = fmaxf(largest, kUnsigned ? values[i] : fabsf(values[i]));
+    for (int i = 0; i < 16; ++i) {
+        const float value = kUnsigned || kMagnitude ? values[i] : fabsf(values[i]);
+        part[i % 4] = fmaxf(i < 4 ? 0.f : part[i % 4], value);
+    }
+    float largest = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     largest = quad_max(largest);
     if (largest > kFloatMax) {  // x / smooth overflowed
         largest = kFloatMax;
@@ -145,179 +178,287 @@ SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&c
             values[i] = fminf(fmaxf(values[i], -kFloatMax), kFloatMax);
     }
     const float inverse = inverse_scale<kUnsigned>(largest);
-    codes[0] = pack_codes<kUnsigned>(values, inverse);
-    codes[1] = pack_codes<kUnsigned>(values + 8, inverse);
+    if constexpr (kHopper) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            codes[i] = pack_bytes<kUnsigned>(values + 4 * i, inverse);
+            if (kMagnitude) codes[i] |= sign_bytes(pair[2 * i], pair[2 * i + 1]);
+        }
+    } else {
+        codes[0] = pack_codes<kUnsigned>(values, inverse);
+        codes[1] = pack_codes<kUnsigned>(values + 8, inverse);
+    }
     return inverse > 0.f ? largest * (kUnsigned ? 1.f / 15.f : 1.f / 7.f) : 0.f;
 }
 
+// What a warp needs to know to write what it makes. Pointers are to where the next group goes.
+struct Output {
+    const Arguments& p;
+    u32 row0, lane, g, q;
+    u32 scales;  // HOPPER: shared memory for the scales of a chunk, (16 rows, 8 groups)
+    u8* to_codes[2];
+    float* to_scale;
+
+    SVDQ_DEVICE Output(const Arguments& p, u32 row0, u32 lane, u32 scales, u32 first)
+        : p(p), row0(row0), lane(lane), g(lane / 4), q(lane % 4), scales(scales) {
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            const u64 row = row0 + g + 8 * h;
+            to_codes[h] = kHopper ? p.qact + ((u64)(first / 2) * p.padded_m + row) * 128
+                                  : p.qact + (row * p.k + first * kGroup) / 2 + q * 4;
+        }
+        to_scale = (float*)p.act_scale + (u64)first * p.m + row0 + g;
+    }
+
+    // `odd`: whether the group is an odd one of all.
+    SVDQ_DEVICE void codes(u32 group, bool odd, u32 h, const u32 (&codes)[4], float scale) {
+        const bool exists = row0 + g + 8 * h < (u32)p.m;
+        u8* to = to_codes[h];
+        if (kHopper) {
+            // 16 bytes of a lane are the quad's q-th of the group: see hopper.py for the order.
+            const u32 chunk = (odd * 4 + q) ^ g;
+            if (exists)
+                *(uint4*)(to + chunk * 16) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+            if (q == 0)
+                store_shared4(scales + ((g + 8 * h) * kChunk + group % kChunk) * 4, as_bits(scale));
+            if (odd) to_codes[h] += (u64)p.padded_m * 128;
+        } else {
+            if (exists) {
+                *(u32*)to = codes[0];
+                *(u32*)(to + 16) = codes[1];
+                if (q == 0) to_scale[8 * h] = scale;
+            }
+            to_codes[h] += kGroup / 2;
+            if (h) to_scale += p.m;
+        }
+    }
+
+    // HOPPER: the scales of a chunk of `count` groups, relative to each row's largest.
+    SVDQ_DEVICE void chunk(u32 chunk, u32 count) const {
+        __syncwarp();
+        const u32 row = row0 + lane / 2, half = lane % 2 * 4;
+        const uint4 v = load_shared16(scales + lane * 16);
+        float s[4] = {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)}, largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (half + i >= count) s[i] = 0.f;
+            largest = fmaxf(largest, s[i]);
+        }
+        largest = fmaxf(largest, shuffle_xor(largest, 1));
+        const float inverse = largest > 0.f ? reciprocal(largest) : 0.f;
+        u32 twice[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float relative = s[i] * inverse * 512.f;
+            twice[i] = Fp16::pack(relative, relative);
+        }
+        __syncwarp();
+        if (row >= (u32)p.m) return;
+        u32* to = (u32*)p.act_scale + ((u64)(chunk * 4 + half / 2) * p.padded_m + row) * 2;
+        if (half < count) *(uint2*)to = make_uint2(twice[0], twice[1]);
+        if (half + 2 < count) *(uint2*)(to + (u64)p.padded_m * 2) = make_uint2(twice[2], twice[3]);
+        if (half == 0) p.chunk_scale[(u64)chunk * p.padded_m + row] = largest * kChunkUnit;
+    }
+    // Room for sums near the largest float32: gemm_hopper.cu takes it back by the column's scale.
+    static constexpr float kChunkUnit = T::kIsBf16 ? 1.f / 1048576.f : 1.f;
+
+    // The finished sums of 8 RT ranks from rank0 on.
+    SVDQ_DEVICE void down(const Sums& sum, u32 rank0) const {
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+            for (u32 e = 0; e < 2; ++e) {
+                const u32 row = row0 + 8 * h + 2 * q + e;
+                float scale = 1.f;
+                if (kHopper && !T::kIsBf16) {  // to fp16's range, by a power of two for each row
+                    float largest = 0.f;
+#pragma unroll
+                    for (int t = 0; t < RT; ++t)
+                        largest = fmaxf(largest, fabsf(sum[t / 2][h][t % 2 * 2 + e]));
+                    largest = fmaxf(largest, shuffle_xor(largest, 4));
+                    largest = fmaxf(largest, shuffle_xor(largest, 8));
+                    largest = fmaxf(largest, shuffle_xor(largest, 16));
+                    // 2^(10 - exponent of the largest); small ones stay small, or they would make
+                    // the other sums overflow when these are relative to them.
+                    const int exponent = 137 - (int)(as_bits(largest) >> 23);
+                    scale = as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+                    if (g == 0 && row < (u32)p.m)
+                        p.down_scale[(u64)(rank0 / 64) * p.padded_m + row] = 1.f / scale;
+                }
+                if (row >= (u32)p.m) continue;
+#pragma unroll
+                for (u32 t = 0; t < RT; ++t) {
+                    const u32 rank = rank0 + t * 8 + g;
+                    const float value = sum[t / 2][h][t % 2 * 2 + e];
+                    if (kHopper) {
+                        // Far from overflow: products of these are added without a check.
+                        constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
+                        u16* to = (u16*)p.down + ((u64)(rank / 64) * p.padded_m + row) * 64;
+                        to[((rank % 64 / 8) ^ (row % 8)) * 8 + g] =
+                            (u16)T::pack(fminf(fmaxf(value * scale, -kMost), kMost), 0.f);
+                    } else if (rank < (u32)p.rank) {
+                        ((float*)p.down)[(u64)row * p.rank + rank] =
+                            fminf(fmaxf(value, -kFloatMax), kFloatMax);
+                    }
+                }
+            }
+    }
+};
+
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads, 512 / kThreads)
+extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
     svdq_quantize_int4(const Arguments p) {
-    extern __shared__ __align__(128) u8 shared[];
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    const int g = lane / 4, q = lane % 4;
-    const int warp_row = warp % 2, warp_k = warp / 2;
-    const int pair_thread = tid % 64;  // among the two warps that share a group
-
-    const int first = blockIdx.y * p.slice_groups;
-    const int count = min(p.slice_groups, p.k / kGroup - first);
-    const int rank0 = blockIdx.z * RT * 8;
+    extern __shared__ __align__(128) u8 memory[];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const u32 g = lane / 4, q = lane % 4;
+    const u32 first = blockIdx.y * p.slice_groups;
+    const u32 count = min(p.slice_groups, p.k / kGroup - (int)first);
+    const u32 rank0 = blockIdx.z * RT * 8;
     const bool quantizes = blockIdx.z == 0;  // the blocks of further ranks only multiply
 
-    const int row0 = blockIdx.x * kBlockRows + warp_row * 16 + g, row1 = row0 + 8;
-    const u16* x0 = p.x + (u64)min(row0, p.m - 1) * p.k;
-    const u16* x1 = p.x + (u64)min(row1, p.m - 1) * p.k;
+    const u32 tile = blockIdx.x * warps + warp, row0 = tile * kRows;
+    const u32 last_row = p.m - 1;
+    const u16* x0 = p.x + (u64)min(row0 + g, last_row) * p.k + first * kGroup + 8 * q;
+    const u16* x1 = p.x + (u64)min(row0 + g + 8, last_row) * p.k + first * kGroup + 8 * q;
 
-    const u32 stages = shared_address(shared);
-    const u32 lane_x = stages + warp * kWarpX + lane * 16;
-    const u32 slabs = stages + 2 * kWarpsK * kWarpX + warp_k * kSlab;
-    float* inverse_smooth = (float*)(shared + kStages * kStageBytes);
+    const u32 slabs = shared_address(memory);
+    const u32 ring = slabs + 2 * kStepBytes + warp * kStages * kWarpX + lane * 16;
+    const u32 inverse_smooth = slabs + 2 * kStepBytes + warps * kStages * kWarpX;
+    const u32 scales = inverse_smooth + p.slice_groups * kGroup * 4 + warp * kScaleBytes;
+    Output out(p, row0, lane, scales, first);
 
-    // Where this thread's next copies come from. Of proj_down it copies one chunk of rows 64 / RT
-    // apart.
-    constexpr int kRowStep = 64 / (RT ? RT : 1);
-    const int slab_row = pair_thread / (RT ? RT : 1), slab_chunk = pair_thread % (RT ? RT : 1);
-    const bool rank_exists = rank0 + slab_chunk * 8 < p.rank;
-    const int first_column = (first + warp_k) * kGroup;
-    const u16* from_x0 = x0 + first_column + 8 * q;
-    const u16* from_x1 = x1 + first_column + 8 * q;
-    const u16* from_slab =
-        p.proj_down + (u64)(first_column + slab_row) * p.rank + rank0 + slab_chunk * 8;
-    int left = (count - warp_k + kWarpsK - 1) / kWarpsK;  // steps of this warp not yet copied
-
-    auto load_stage = [&](u32 stage) {
-        if (left-- > 0) {
+    u32 filled = 0, write = ring, read = ring;
+    auto copy_x = [&] {  // the next group's
+        if (filled++ < count) {
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                copy_or_zero<16>(lane_x + stage + 512 * c, (c < 2 ? from_x0 : from_x1) + c % 2 * 32,
-                                 true);
-#pragma unroll
-            for (int i = 0; i < RT; ++i)
-                copy_or_zero<16>(slabs + stage + slab_offset(slab_row + i * kRowStep, slab_chunk),
-                                 from_slab + (u32)(i * kRowStep) * p.rank, rank_exists);
-            from_x0 += kWarpsK * kGroup;
-            from_x1 += kWarpsK * kGroup;
-            from_slab += (u32)(kWarpsK * kGroup) * p.rank;
+                copy_or_zero<16>(write + 512 * c, (c < 2 ? x0 : x1) + c % 2 * 32, true);
+            x0 += kGroup;
+            x1 += kGroup;
+            write = write == ring + (kStages - 1) * kWarpX ? ring : write + kWarpX;
         }
         copy_commit();
     };
+    auto copy_step = [&](u32 step) {
+        if constexpr (RT > 0) {
+            const u32 to = slabs + step % 2 * kStepBytes;
+            const int groups = min(kStep, (int)(count - step * kStep));
+            const u16* from = p.proj_down + (u64)(first + step * kStep) * kGroup * p.rank + rank0;
+            for (int i = threadIdx.x; i < groups * kGroup * RT; i += blockDim.x) {
+                const u32 row = (u32)i / kTiles, chunk = (u32)i % kTiles;
+                copy_or_zero<16>(to + row / kGroup * kSlab + slab_offset(row % kGroup, chunk),
+                                 from + (u64)row * p.rank + chunk * 8, rank0 + chunk * 8 < p.rank);
+            }
+        }
+    };
+
+    copy_step(0);
+    copy_step(1);
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s)
-        load_stage(s * kStageBytes);
-    for (int i = tid; i < count * kGroup / 2; i += kThreads) {
+    for (int i = 0; i < kStages - 1; ++i)
+        copy_x();
+    for (u32 i = threadIdx.x; i < count * kGroup / 2; i += blockDim.x) {
         const u32 pair = ((const u32*)(p.smooth + first * kGroup))[i];
-        inverse_smooth[2 * i] = reciprocal(T::low(pair));
-        inverse_smooth[2 * i + 1] = reciprocal(T::high(pair));
+        store_shared4(inverse_smooth + 8 * i, as_bits(inverse_factor(T::low(pair))));
+        store_shared4(inverse_smooth + 8 * i + 4, as_bits(inverse_factor(T::high(pair))));
     }
     __syncthreads();
 
-    float acc[RT ? RT : 1][4] = {};
+    Sums sum = {};
     // Fragment rows of products s: 32 (s / 2) + 4 (s % 2) rows on from these, which leaves the
-    // swizzle as it is; chunks n on flip bits of the chunk's number.
+    // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
     const u32 fragment =
-        slabs + slab_offset(lane % 8 / 2 * 8 + lane / 8 % 2 * 2 + lane % 2, lane / 16);
-    u32* to_codes0 = (u32*)(p.qact + ((u64)row0 * p.k + first_column) / 2) + q;
-    u32* to_codes1 = (u32*)(p.qact + ((u64)row1 * p.k + first_column) / 2) + q;
-    float* to_scale = p.act_scale + (u64)(first + warp_k) * p.m;
+        slabs + slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
 
-    // The stage in use; the one before it in the ring, used last time, is filled again.
-    u32 read = 0;
-#pragma unroll 1
-    for (int i = warp_k; i - warp_k < count; i += kWarpsK) {
-        copy_wait<kStages - 2>();
-        if (RT) __syncthreads();  // every warp takes every step, with or without a group of its own
-        load_stage(read ? read - kStageBytes : (kStages - 1) * kStageBytes);
-        if (i >= count) continue;
-        Fragment x(lane_x + read);
-
+    auto take_group = [&](u32 i, bool odd) {
+        const bool next_step = i % kStep == 0;
+        if (RT && next_step && i) {
+            __syncthreads();  // everyone is done with the step before
+            copy_step(i / kStep + 1);
+        }
+        copy_x();
+        if (RT && next_step) {
+            copy_wait<(kStages - 1 < kStep ? kStages - 1 : kStep)>();  // it came kStep copies ago
+            __syncthreads();
+        } else {
+            copy_wait<kStages - 1>();
+        }
+        Fragment x(read);
+        read = read == ring + (kStages - 1) * kWarpX ? ring : read + kWarpX;
         if (kPrologue == kGelu) apply_gelu(x);
         if (kPrologue == kModulate)
-            apply_modulation(x, p, min(row0, p.m - 1), min(row1, p.m - 1),
+            apply_modulation(x, p, min(row0 + g, last_row), min(row0 + g + 8, last_row),
                              (first + i) * kGroup + 8 * q);
-
-        if (quantizes) {
-            const u32 smooth = shared_address(inverse_smooth + i * kGroup + 8 * q);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                u32 codes[2];
-                const float scale = quantize_row(x.pair[h], smooth, codes);
-                const int row = h ? row1 : row0;
-                if (row < p.m) {
-                    u32* to = h ? to_codes1 : to_codes0;
-                    to[0] = codes[0];
-                    to[4] = codes[1];
-                    if (q == 0) to_scale[row] = scale;
-                }
-            }
-            to_codes0 += kWarpsK * kGroup / 8;
-            to_codes1 += kWarpsK * kGroup / 8;
-            to_scale += (u64)kWarpsK * p.m;
-        }
         if constexpr (RT > 0) {
+            const u32 slab = fragment + i / kStep % 2 * kStepBytes + i % kStep * kSlab;
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
-                const u32 a[4] = {x.pair[0][2 * s], x.pair[1][2 * s], x.pair[0][2 * s + 1],
-                                  x.pair[1][2 * s + 1]};
 #pragma unroll
-                for (int n = 0; n < RT; n += 2) {
-                    u32 b[4];
-                    load_matrices_transposed(
-                        b, (fragment ^ n << 4) + read + (s / 2 * 32 + s % 2 * 4) * kStride);
-                    mma_16bit<T>(acc[n], a, b[0], b[1]);
-                    mma_16bit<T>(acc[n + 1], a, b[2], b[3]);
+                for (int t = 0; t < RT / 2; ++t) {
+                    u32 a[4];
+                    load_matrices_transposed(a,
+                                             (slab ^ t << 5) + (s / 2 * 32 + s % 2 * 4) * kStride);
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        mma_16bit<T>(sum[t][h], a, x.pair[h][2 * s], x.pair[h][2 * s + 1]);
                 }
             }
         }
-        read = read == (kStages - 1) * kStageBytes ? 0 : read + kStageBytes;
+        if (quantizes) {
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                u32 codes[4];
+                const float scale =
+                    quantize_row(x.pair[h], inverse_smooth + (i * kGroup + 8 * q) * 4, codes);
+                out.codes(i, odd, h, codes, scale);
+            }
+            if (kHopper && (i % kChunk == kChunk - 1 || i == count - 1))
+                out.chunk((first + i) / kChunk, i % kChunk + 1);
+        }
+    };
+
+    // A slice begins at an even group, so odd ones are known when this is compiled.
+#pragma unroll 1
+    for (u32 i = 0; i < count; i += 2) {
+        take_group(i, false);
+        if (i + 1 < count) take_group(i + 1, true);
     }
 
-    // ---- x . proj_down: the sum over the four warps that share rows, in a fixed order
+    // ---- x . proj_down: of several slices, the warp that finishes last adds them up, in a fixed
+    // order
     if constexpr (RT > 0) {
-        constexpr int kRanks = RT * 8;
-        __syncthreads();
-        constexpr int kPitch = kRanks + 8;  // spreads a fragment's rows over the banks
-        float* sums = (float*)shared;       // (kWarpsK, kBlockRows, kPitch)
-#pragma unroll
-        for (int n = 0; n < RT; ++n) {
-            float* to = sums + (warp_k * kBlockRows + warp_row * 16 + g) * kPitch + n * 8 + 2 * q;
-            *(float2*)to = make_float2(acc[n][0], acc[n][1]);
-            *(float2*)(to + 8 * kPitch) = make_float2(acc[n][2], acc[n][3]);
-        }
-        __syncthreads();
-        float* out = gridDim.y == 1 ? p.down : p.partial + (u64)blockIdx.y * p.m * p.rank;
-        for (int i = tid; i < kBlockRows * kRanks; i += kThreads) {
-            const int row = blockIdx.x * kBlockRows + i / kRanks, rank = rank0 + i % kRanks;
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < kWarpsK; ++w)
-                sum += sums[(w * kBlockRows + i / kRanks) * kPitch + i % kRanks];
-            if (row < p.m && rank < p.rank)
-                out[(u64)row * p.rank + rank] = fminf(fmaxf(sum, -kFloatMax), kFloatMax);
-        }
-
-        // Of several slices, the block that finishes last adds them up, again in a fixed order.
+        if (row0 >= (u32)p.m) return;
         if (gridDim.y > 1) {
-            __shared__ bool last;
+            const u32 tiles = gridDim.x * warps;
+            const u64 slot = (u64)blockIdx.z * gridDim.y * tiles + tile;
+            float4* partial = (float4*)p.partial + lane;
+            const float4* mine = (const float4*)sum;
+#pragma unroll
+            for (int n = 0; n < RT; ++n)
+                partial[((slot + (u64)blockIdx.y * tiles) * RT + n) * 32] = mine[n];
             __threadfence();
-            __syncthreads();
-            if (tid == 0) {
-                u32* counter = p.counters + blockIdx.z * gridDim.x + blockIdx.x;
-                last = atomicAdd(counter, 1u) == gridDim.y - 1;
-                if (last) *counter = 0;  // as the next launch needs it
+            __syncwarp();
+            u32 finished = 0;
+            u32* counter = p.counters + blockIdx.z * tiles + tile;
+            if (lane == 0) {
+                finished = atomicAdd(counter, 1u);
+                if (finished == gridDim.y - 1) *counter = 0;  // as the next launch needs it
             }
-            __syncthreads();
-            if (!last) return;
+            finished = __shfl_sync(0xFFFFFFFFu, finished, 0);
+            if (finished != gridDim.y - 1) return;
             __threadfence();
-            for (int i = tid; i < kBlockRows * kRanks; i += kThreads) {
-                const int row = blockIdx.x * kBlockRows + i / kRanks, rank = rank0 + i % kRanks;
-                if (row >= p.m || rank >= p.rank) continue;
-                const u64 at = (u64)row * p.rank + rank;
-                float sum = 0.f;
-                for (int s = 0; s < gridDim.y; ++s)
-                    sum += __ldcg(p.partial + (u64)s * p.m * p.rank + at);
-                p.down[at] = fminf(fmaxf(sum, -kFloatMax), kFloatMax);
-            }
+            float4 total[kTiles] = {};
+#pragma unroll 2
+            for (u32 s = 0; s < gridDim.y; ++s)
+#pragma unroll
+                for (int n = 0; n < RT; ++n) {
+                    const float4 v = __ldcg(&partial[((slot + (u64)s * tiles) * RT + n) * 32]);
+                    total[n].x += v.x, total[n].y += v.y, total[n].z += v.z, total[n].w += v.w;
+                }
+            out.down((const Sums&)total, rank0);
+            return;
         }
+        out.down(sum, rank0);
     }
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import platform
 import statistics
 from collections.abc import Callable
@@ -21,7 +22,9 @@ import torch
 from . import __version__
 from .errors import SVDQuantError
 from .numerics import int4
-from .ops.int4 import linear_int4, quantize_act_int4
+from .ops.int4 import linear_int4, linear_w4a4, quantize_act_int4
+
+_log = logging.getLogger(__name__)
 
 # (M, K, N): FLUX at 1024 x 1024 (qkv, proj, fc1, fc2, linear1), SDXL, FLUX's text stream.
 SHAPES = (
@@ -107,28 +110,32 @@ def gemm_bytes(m: int, k: int, n: int, rank: int) -> int:
     return (m + n) * k // 2 + scales + 4 * m * rank + 2 * n * (rank + 1) + 2 * m * n
 
 
+def runs_in_halves() -> bool:
+    """Whether a layer is its two halves on this card; Hopper has kernels of its own for the whole."""
+    return torch.cuda.get_device_capability() != (9, 0)
+
+
 def bench_shape(
     m: int, k: int, n: int, rank: int, dtype: torch.dtype, limits: Limits, peers: bool = True
 ) -> dict[str, Any]:
-    """Times of one layer: ours in its two halves and together, the 16-bit layer, and peers."""
+    """Times of one layer: ours (where it runs so, also in its two halves), the 16-bit layer, and peers.
+
+    ``fp8_gemm`` and ``int8_gemm`` are torch's bare products, without what quantizes their input.
+    """
     sets = copies(lambda: _operands(m, k, n, rank, dtype, False), 2 * m * k + n * k // 2 + 2 * m * n)
 
-    def quantize(o: dict[str, torch.Tensor]):
-        return quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False)
+    def layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
+        return linear_w4a4(
+            o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
+        )
 
-    def linear(o: dict[str, torch.Tensor], quantized):
-        return linear_int4(*quantized, o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False)
-
-    quantized = [quantize(o) for o in sets]
     result: dict[str, Any] = {"m": m, "k": k, "n": n, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
-    result["quantize_us"] = median_us([lambda o=o: quantize(o) for o in sets])
-    result["gemm_us"] = median_us([lambda o=o, q=q: linear(o, q) for o, q in zip(sets, quantized, strict=True)])
-    result["layer_us"] = median_us([lambda o=o: linear(o, quantize(o)) for o in sets])
-    moved = quantize_bytes(m, k, rank)
-    result["quantize_share_of_bandwidth"] = moved / (result["quantize_us"] * 1e-6) / limits.bandwidth
-    result["gemm_tops"] = 2 * m * n * k / result["gemm_us"] * 1e-6
-    moved = gemm_bytes(m, k, n, rank)
-    result["gemm_share_of_bandwidth"] = moved / (result["gemm_us"] * 1e-6) / limits.bandwidth
+    if runs_in_halves():
+        _bench_halves(result, sets, limits)
+    result["layer_us"] = median_us([lambda o=o: layer(o) for o in sets])
+    result["layer_tops"] = 2 * m * n * k / result["layer_us"] * 1e-6
+    moved = quantize_bytes(m, k, rank) + gemm_bytes(m, k, n, rank)
+    result["layer_share_of_bandwidth"] = moved / (result["layer_us"] * 1e-6) / limits.bandwidth
 
     weights = [torch.randn(n, k, device="cuda").to(dtype) for _ in sets[:4]]
     pairs = list(zip(sets, weights, strict=False))
@@ -145,13 +152,45 @@ def bench_shape(
     return result
 
 
+def _bench_halves(result: dict[str, Any], sets: list[dict[str, torch.Tensor]], limits: Limits) -> None:
+    m, k, n, rank = (result[name] for name in ("m", "k", "n", "rank"))
+
+    def quantize(o: dict[str, torch.Tensor]):
+        return quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False)
+
+    def linear(o: dict[str, torch.Tensor], quantized):
+        return linear_int4(*quantized, o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False)
+
+    quantized = [quantize(o) for o in sets]
+    result["quantize_us"] = median_us([lambda o=o: quantize(o) for o in sets])
+    result["gemm_us"] = median_us([lambda o=o, q=q: linear(o, q) for o, q in zip(sets, quantized, strict=True)])
+    moved = quantize_bytes(m, k, rank)
+    result["quantize_share_of_bandwidth"] = moved / (result["quantize_us"] * 1e-6) / limits.bandwidth
+    result["gemm_tops"] = 2 * m * n * k / result["gemm_us"] * 1e-6
+    moved = gemm_bytes(m, k, n, rank)
+    result["gemm_share_of_bandwidth"] = moved / (result["gemm_us"] * 1e-6) / limits.bandwidth
+
+
 def _peer(make: Callable, pairs: list, rank: int) -> float | None:
-    """Time of a peer's layer, or None where it is not installed."""
+    """Time of a peer's layer, or None where it is not installed or does not run on this card."""
     try:
         layers = [make(o, w, rank) for o, w in pairs]
-    except ImportError:
+        return median_us([lambda o=o, f=f: f(o["x"]) for (o, _), f in zip(pairs, layers, strict=True)])
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        _log.info("%s was not timed: %s", make.__name__, error)
         return None
-    return median_us([lambda o=o, f=f: f(o["x"]) for (o, _), f in zip(pairs, layers, strict=True)])
+
+
+def _fp8_gemm(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    one = torch.ones((), device="cuda")
+    x, w = o["x"].to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    dtype = weight.dtype
+    return lambda _: torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+
+
+def _int8_gemm(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    x, w = (torch.randint(-127, 128, t.shape, dtype=torch.int8, device="cuda") for t in (o["x"], weight))
+    return lambda _: torch._int_mm(x, w.t())
 
 
 def _bitsandbytes_nf4(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
@@ -162,7 +201,48 @@ def _bitsandbytes_nf4(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: in
     return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), state, bias=o["bias"])
 
 
-_PEERS: dict[str, Callable] = {"nf4": _bitsandbytes_nf4}
+def _kitchen_svdquant(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    import comfy_kitchen as kitchen
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        qact, scale, down = kitchen.quantize_svdquant_w4a4(x, o["smooth"], o["proj_down"])
+        return kitchen.scaled_mm_svdquant_w4a4(
+            qact, o["weight"], scale, o["weight_scale"], down, o["proj_up"], o["bias"]
+        )
+
+    return layer
+
+
+def _kitchen_convrot_w4a4(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    from comfy_kitchen.backends.cuda import convrot_w4a4_linear, quantize_convrot_w4a4_weight
+
+    packed, scale = quantize_convrot_w4a4_weight(weight)
+    return lambda x: convrot_w4a4_linear(x, packed, scale, o["bias"])
+
+
+def _kitchen_int8(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    import comfy_kitchen as kitchen
+
+    packed, scale = kitchen.quantize_int8_rowwise(weight)
+    return lambda x: kitchen.int8_linear(x, packed, scale, o["bias"], weight.dtype)
+
+
+def _kitchen_w4a8(o: dict[str, torch.Tensor], weight: torch.Tensor, rank: int) -> Callable:
+    from comfy_kitchen.backends.cuda import quantize_w4a8_int8_weight, w4a8_int8_linear
+
+    *packed, correction, codebook = quantize_w4a8_int8_weight(weight)
+    return lambda x: w4a8_int8_linear(x, *packed, codebook, correction, o["bias"], out_dtype=weight.dtype)
+
+
+_PEERS: dict[str, Callable] = {
+    "fp8_gemm": _fp8_gemm,
+    "int8_gemm": _int8_gemm,
+    "nf4": _bitsandbytes_nf4,
+    "kitchen_svdquant": _kitchen_svdquant,
+    "kitchen_convrot_w4a4": _kitchen_convrot_w4a4,
+    "kitchen_int8": _kitchen_int8,
+    "kitchen_w4a8": _kitchen_w4a8,
+}
 
 
 def environment() -> dict[str, str]:
@@ -179,17 +259,18 @@ def environment() -> dict[str, str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Results for a person."""
-    peers = [name for name in ("16bit", *_PEERS) if any(f"{name}_us" in r for r in results)]
-    head = ["M x K x N", "quantize", "of copy", "gemm", "TOPS", "layer", *peers, *(f"x {name}" for name in peers)]
-    rows = [head]
+    """Results for a person, times in microseconds: each peer's, and how many times ours it is."""
+    columns = {"layer_us": "ours", "quantize_us": "quantize", "gemm_us": "gemm", "16bit_us": "16bit"}
+    columns |= {f"{name}_us": name for name in _PEERS}
+    shown = {key: name for key, name in columns.items() if any(key in r for r in results)}
+    rows = [["M x K x N", *shown.values(), "TOPS"]]
     for r in results:
-        row = [f"{r['m']} x {r['k']} x {r['n']}", f"{r['quantize_us']:.1f}", f"{r['quantize_share_of_bandwidth']:.0%}"]
-        row += [f"{r['gemm_us']:.1f}", f"{r['gemm_tops']:.0f}", f"{r['layer_us']:.1f}"]
-        row += [f"{r[f'{name}_us']:.1f}" if f"{name}_us" in r else "-" for name in peers]
-        row += [f"{r[f'{name}_us'] / r['layer_us']:.2f}" if f"{name}_us" in r else "-" for name in peers]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        row = [f"{r['m']} x {r['k']} x {r['n']}"]
+        for key in shown:
+            ratio = "" if key in ("layer_us", "quantize_us", "gemm_us") or key not in r else r[key] / r["layer_us"]
+            row.append((f"{r[key]:.1f}" if key in r else "-") + (f" ({ratio:.2f}x)" if ratio else ""))
+        rows.append([*row, f"{r['layer_tops']:.0f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 

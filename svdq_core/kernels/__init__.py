@@ -50,4 +50,6 @@ def _status(index: int) -> tuple[bool, str]:
 
 
 def _sm_note(major: int) -> str:
+    if major == 9:
+        return " (whole layers run on its 8-bit tensor cores)"
     return "" if major < 9 else " (this architecture emulates 4-bit products: correct, but not fast)"

@@ -38,7 +38,7 @@ class DriverLauncher:
     """A :class:`Launcher` over ctypes."""
 
     def __init__(self) -> None:
-        self._driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        self._driver = _library()
         self._check(self._driver.cuInit(0), "cuInit")
         self._launch = self._driver.cuLaunchKernel
         self._launch.argtypes = [
@@ -78,6 +78,25 @@ class DriverLauncher:
             self._driver.cuGetErrorString(result, ctypes.byref(text))
             message = text.value.decode() if text.value else "unknown error"
             raise DriverError(f"CUDA driver: {message} ({result}) while {what}")
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def capture_id(stream: int) -> int:
+    """Which capture of a graph a stream is in; 0 outside of any.
+
+    Raises:
+        DriverError: the driver does not say.
+    """
+    status, identity = ctypes.c_int(), ctypes.c_uint64()
+    result = _library().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(identity), None, None, None
+    )
+    if result:
+        raise DriverError(f"CUDA driver: error {result} while asking for a stream's capture")
+    return identity.value if status.value else 0
 
 
 @lru_cache(maxsize=1)

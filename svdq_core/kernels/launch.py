@@ -18,9 +18,9 @@ from ..errors import SVDQuantError
 from . import driver, library, plan
 
 # The kernels' Arguments structures: pointers, then sizes, as the compiler lays them out.
-_QUANTIZE = struct.Struct("8P4i2Pi0P")
+_QUANTIZE = struct.Struct("8P4i2P2i2P")
 _GEMM = struct.Struct("8P4i5P2i3Pf0P")
-_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
 
 
@@ -29,7 +29,7 @@ class KernelInputError(SVDQuantError, ValueError):
 
 
 @lru_cache(maxsize=64)
-def _card(index: int) -> tuple[int, int]:
+def card(index: int) -> tuple[int, int]:
     """(10 * major + minor, multiprocessors) of a device."""
     properties = torch.cuda.get_device_properties(index)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
@@ -40,7 +40,7 @@ def _device_count() -> int:
     return torch.cuda.device_count()
 
 
-class _Kernel(NamedTuple):
+class Kernel(NamedTuple):
     """A loaded kernel and the shape of its launch."""
 
     start: Callable[..., None]
@@ -53,33 +53,34 @@ class _Kernel(NamedTuple):
         self.start(self.function, self.grid, self.threads, self.shared, stream, arguments)
 
 
-def _kernel(index: int, build: plan.Build, grid: tuple[int, int, int], shared: int) -> _Kernel:
+def kernel_of(index: int, build: plan.Build, grid: tuple[int, int, int], shared: int) -> Kernel:
     """Load a build on the current device, compiling it if need be."""
-    function = library.function(index, _card(index)[0], build)
-    return _Kernel(driver.launcher().launch, function, grid, build.threads, shared)
+    function = library.function(index, card(index)[0], build)
+    return Kernel(driver.launcher().launch, function, grid, build.threads, shared)
 
 
 @lru_cache(maxsize=4096)
-def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> _Kernel:
-    build = plan.gemm_build(*_card(index), m, n, bf16, unsigned, epilogue)
-    return _kernel(index, build, build.grid(m, n), build.shared_bytes())
+def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> Kernel:
+    build = plan.gemm_build(*card(index), m, n, bf16, unsigned, epilogue)
+    return kernel_of(index, build, build.grid(m, n), build.shared_bytes())
 
 
 @lru_cache(maxsize=4096)
 def _quantize_kernel(
-    index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int
-) -> tuple[_Kernel, int, int]:
-    """The kernel, its slices, and the groups in each."""
-    build, grid, slice_groups = plan.quantize_build(*_card(index), m, k, rank, bf16, unsigned, prologue)
-    return _kernel(index, build, grid, build.shared_bytes(slice_groups)), grid[1], slice_groups
+    index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int, hopper: bool
+) -> tuple[Kernel, plan.QuantizeLaunch]:
+    launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, hopper)
+    shared = launch.build.shared_bytes(launch.slice_groups, launch.warps)
+    kernel = kernel_of(index, launch.build, launch.grid, shared)
+    return kernel._replace(threads=launch.warps * 32), launch
 
 
-def _on(index: int):
+def on(index: int):
     """Makes a device current; costs nothing where there is one only."""
     return nullcontext() if _device_count() == 1 else torch.cuda.device(index)
 
 
-def _expect(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple, dtype: torch.dtype):
+def expect(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple, dtype: torch.dtype):
     """Raise if an operand's device, dtype, shape or layout is not what the kernels read."""
     if (
         tensor.dtype == dtype
@@ -106,33 +107,114 @@ def _check_width(operator: str, k: int) -> None:
         raise KernelInputError(f"svdq::{operator}: K = {k} is not a positive multiple of {plan.GROUP}")
 
 
-def _check_limits(operator: str, m: int, n: int, k: int) -> None:
+def check_limits(operator: str, m: int, n: int, k: int) -> None:
     if max(m * n, m * k, n * k) >= 2**31:
         raise KernelInputError(f"svdq::{operator}: {m} x {k} x {n} is beyond 2^31 elements; split the rows")
 
 
-def _pad_rank(tensor: torch.Tensor) -> torch.Tensor:
+def pad_rank(tensor: torch.Tensor) -> torch.Tensor:
     """The kernels read 8 ranks at a time; other ranks cost a copy (layers keep theirs a multiple)."""
     extra = -tensor.shape[1] % _RANK_STEP
     return torch.nn.functional.pad(tensor, (0, extra)) if extra else tensor
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}
 
 
 def _zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """Counters that are zero between launches; one set a stream, since launches of a stream don't overlap.
 
-    While a graph is captured they are its own, zeroed by the graph.
+    A graph has its own, which it zeroes once, not for every launch: they are kept while its capture lasts.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = x.device.index, stream
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-        _counters[key] = counters
-    return counters
+    capture = driver.capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
+    key = x.device.index, stream, capture != 0
+    found = _counters.get(key)
+    if found is None or found[0] != capture or found[1].numel() < count:
+        found = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+        _counters[key] = found
+    return found[1]
+
+
+class QuantizerOutputs(NamedTuple):
+    """Where the quantizer writes; the last three on Hopper only (``csrc/quantize_int4.cu``)."""
+
+    qact: torch.Tensor
+    act_scale: torch.Tensor
+    down: torch.Tensor
+    chunk_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+    padded_rows: int = 0
+
+
+def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor) -> None:
+    """Raise unless the quantizer takes these operands of ``svdq::name``.
+
+    Raises:
+        KernelInputError: it does not.
+    """
+    if x.dim() != 2 or x.dtype not in SIXTEEN_BIT:
+        raise KernelInputError(f"svdq::{name}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
+    m, k = x.shape
+    _check_width(name, k)
+    check_limits(name, m, 1, k)
+    if proj_down.dim() != 2:
+        raise KernelInputError(f"svdq::{name}: proj_down has shape {tuple(proj_down.shape)}, expected (K, rank)")
+    expect(name, "x", x, x, (m, k), x.dtype)
+    expect(name, "smooth_factor", smooth_factor, x, (k,), x.dtype)
+    expect(name, "proj_down", proj_down, x, (k, proj_down.shape[1]), x.dtype)
+
+
+def launch_quantizer(
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    out: QuantizerOutputs,
+    prologue: int = plan.PLAIN,
+    modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Start the quantizer on checked operands; ``x`` has rows, ``proj_down`` a multiple of 8 ranks."""
+    (m, k), rank, index = x.shape, proj_down.shape[1], x.device.index
+    scale_pointer = shift_pointer = 0
+    modulation_rows = 1
+    if modulation is not None:
+        scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
+        modulation_rows = m // modulation[0].shape[0]
+    hopper = out.chunk_scale is not None
+    with on(index):
+        kernel, shape = _quantize_kernel(
+            index, m, k, rank, x.dtype == torch.bfloat16, bool(act_unsigned), prologue, hopper
+        )
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        partial = counters = None
+        if rank and shape.grid[1] > 1:
+            tiles = shape.grid[0] * shape.warps * shape.grid[2]
+            sums = tiles * shape.grid[1] * plan.QuantizeBuild.rows * shape.build.rank_tiles * 8
+            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
+            counters = _zero_counters(x, stream, tiles)
+        kernel.launch(
+            stream,
+            _QUANTIZE.pack(
+                x.data_ptr(),
+                smooth_factor.data_ptr(),
+                proj_down.data_ptr(),
+                out.qact.data_ptr(),
+                out.act_scale.data_ptr(),
+                out.down.data_ptr(),
+                0 if partial is None else partial.data_ptr(),
+                0 if counters is None else counters.data_ptr(),
+                m,
+                k,
+                rank,
+                shape.slice_groups,
+                scale_pointer,
+                shift_pointer,
+                modulation_rows,
+                out.padded_rows,
+                out.chunk_scale.data_ptr() if hopper else 0,
+                out.down_scale.data_ptr() if hopper and out.down_scale is not None else 0,
+            ),
+        )
 
 
 def quantize(
@@ -155,64 +237,24 @@ def quantize(
         KernelInputError: an operand that the kernel does not take.
     """
     name = "quantize_act_int4"
-    if x.dim() != 2 or x.dtype not in _SIXTEEN_BIT:
-        raise KernelInputError(f"svdq::{name}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
-    m, k = x.shape
-    _check_width(name, k)
-    _check_limits(name, m, 1, k)
-    if proj_down.dim() != 2:
-        raise KernelInputError(f"svdq::{name}: proj_down has shape {tuple(proj_down.shape)}, expected (K, rank)")
-    rank = proj_down.shape[1]
-    _expect(name, "x", x, x, (m, k), x.dtype)
-    _expect(name, "smooth_factor", smooth_factor, x, (k,), x.dtype)
-    _expect(name, "proj_down", proj_down, x, (k, rank), x.dtype)
-    proj_down = _pad_rank(proj_down)
-    padded = proj_down.shape[1]
-    scale_pointer = shift_pointer = 0
-    modulation_rows = 1
+    check_quantizer_input(name, x, smooth_factor, proj_down)
+    (m, k), rank = x.shape, proj_down.shape[1]
     if modulation is not None:
         batch = modulation[0].shape[0]
         if batch == 0 or m % batch:
             raise KernelInputError(f"svdq::{name}: {m} rows do not divide into {batch} modulations")
         for label, tensor in zip(("scale", "shift"), modulation, strict=True):
-            _expect(name, label, tensor, x, (batch, k), x.dtype)
-        scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
-        modulation_rows = max(m // batch, 1)
-
-    device = x.device
-    qact = torch.empty((m, k // 2), dtype=torch.int8, device=device)
-    act_scale = torch.empty((k // plan.GROUP, m), dtype=torch.float32, device=device)
-    down = torch.empty((m, padded), dtype=torch.float32, device=device)
+            expect(name, label, tensor, x, (batch, k), x.dtype)
+    proj_down = pad_rank(proj_down)
+    padded = proj_down.shape[1]
+    out = QuantizerOutputs(
+        torch.empty((m, k // 2), dtype=torch.int8, device=x.device),
+        torch.empty((k // plan.GROUP, m), dtype=torch.float32, device=x.device),
+        torch.empty((m, padded), dtype=torch.float32, device=x.device),
+    )
     if m:
-        index = device.index
-        with _on(index):
-            kernel, slices, slice_groups = _quantize_kernel(
-                index, m, k, padded, x.dtype == torch.bfloat16, bool(act_unsigned), prologue
-            )
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            partial = counters = None
-            if slices > 1 and padded:
-                partial = torch.empty((slices, m, padded), dtype=torch.float32, device=device)
-                counters = _zero_counters(x, stream, kernel.grid[0] * kernel.grid[2])
-            arguments = _QUANTIZE.pack(
-                x.data_ptr(),
-                smooth_factor.data_ptr(),
-                proj_down.data_ptr(),
-                qact.data_ptr(),
-                act_scale.data_ptr(),
-                down.data_ptr(),
-                0 if partial is None else partial.data_ptr(),
-                0 if counters is None else counters.data_ptr(),
-                m,
-                k,
-                padded,
-                slice_groups,
-                scale_pointer,
-                shift_pointer,
-                modulation_rows,
-            )
-            kernel.launch(stream, arguments)
-    return qact, act_scale, down if padded == rank else down[:, :rank].contiguous()
+        launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out, prologue, modulation)
+    return out.qact, out.act_scale, out.down if padded == rank else out.down[:, :rank].contiguous()
 
 
 def gemm(
@@ -242,26 +284,26 @@ def gemm(
     """
     name = "linear_int4"
     dtype = proj_up.dtype
-    if dtype not in _SIXTEEN_BIT:
+    if dtype not in SIXTEEN_BIT:
         raise KernelInputError(f"svdq::{name}: proj_up is {dtype}, expected bfloat16 or float16")
     if qact.dim() != 2 or weight.dim() != 2 or down.dim() != 2:
         raise KernelInputError(f"svdq::{name}: qact, weight and down must have two dimensions")
     m, half_k = qact.shape
     n, k, rank = weight.shape[0], 2 * half_k, down.shape[1]
     _check_width(name, k)
-    _check_limits(name, m, n, k)
+    check_limits(name, m, n, k)
     if n == 0 or n % 8:
         raise KernelInputError(f"svdq::{name}: N = {n} is not a positive multiple of 8")
     groups = k // plan.GROUP
-    _expect(name, "qact", qact, qact, (m, half_k), torch.int8)
-    _expect(name, "act_scale", act_scale, qact, (groups, m), torch.float32)
-    _expect(name, "down", down, qact, (m, rank), torch.float32)
-    _expect(name, "weight", weight, qact, (n, half_k), torch.int8)
-    _expect(name, "weight_scale", weight_scale, qact, (groups, n), dtype)
-    _expect(name, "proj_up", proj_up, qact, (n, rank), dtype)
+    expect(name, "qact", qact, qact, (m, half_k), torch.int8)
+    expect(name, "act_scale", act_scale, qact, (groups, m), torch.float32)
+    expect(name, "down", down, qact, (m, rank), torch.float32)
+    expect(name, "weight", weight, qact, (n, half_k), torch.int8)
+    expect(name, "weight_scale", weight_scale, qact, (groups, n), dtype)
+    expect(name, "proj_up", proj_up, qact, (n, rank), dtype)
     if bias is not None:
-        _expect(name, "bias", bias, qact, (n,), dtype)
-    down, proj_up = _pad_rank(down), _pad_rank(proj_up)
+        expect(name, "bias", bias, qact, (n,), dtype)
+    down, proj_up = pad_rank(down), pad_rank(proj_up)
 
     device = qact.device
     epilogue = plan.STORE
@@ -275,9 +317,9 @@ def gemm(
         if n % plan.GROUP:
             raise KernelInputError(f"svdq::{name}: N = {n} is not a multiple of {plan.GROUP}, as the next layer needs")
         true_rank = proj_down.shape[1]
-        _expect(name, "next_smooth_factor", smooth, qact, (n,), dtype)
-        _expect(name, "next_proj_down", proj_down, qact, (n, true_rank), dtype)
-        proj_down = _pad_rank(proj_down)
+        expect(name, "next_smooth_factor", smooth, qact, (n,), dtype)
+        expect(name, "next_proj_down", proj_down, qact, (n, true_rank), dtype)
+        proj_down = pad_rank(proj_down)
         next_rank = proj_down.shape[1]
         out = (
             torch.empty((m, n // 2), dtype=torch.int8, device=device),
@@ -292,9 +334,9 @@ def gemm(
         norm_q, norm_k, rope, epsilon = norm
         if n % 384:
             raise KernelInputError(f"svdq::{name}: N = {n} is not q, k and v of whole heads of 128 columns")
-        _expect(name, "norm_q", norm_q, qact, (128,), dtype)
-        _expect(name, "norm_k", norm_k, qact, (128,), dtype)
-        _expect(name, "rope", rope, qact, (m, 64, 2), torch.float32)
+        expect(name, "norm_q", norm_q, qact, (128,), dtype)
+        expect(name, "norm_k", norm_k, qact, (128,), dtype)
+        expect(name, "rope", rope, qact, (m, 64, 2), torch.float32)
         norm_columns = n // 3
         norm_pointers = [norm_q.data_ptr(), norm_k.data_ptr(), rope.data_ptr()]
     if m:
@@ -318,11 +360,11 @@ def gemm(
             epsilon,
         )
         index = device.index
-        with _on(index):
+        with on(index):
             if build is None:
                 kernel = _gemm_kernel(index, m, n, dtype == torch.bfloat16, bool(act_unsigned), epilogue)
             else:
-                kernel = _kernel(index, build, build.grid(m, n), build.shared_bytes())
+                kernel = kernel_of(index, build, build.grid(m, n), build.shared_bytes())
             kernel.launch(torch._C._cuda_getCurrentRawStream(index), arguments)
     if next_layer is not None and next_rank != true_rank:
         return out[0], out[1], out[2][:, :true_rank].contiguous()

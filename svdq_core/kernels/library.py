@@ -58,7 +58,7 @@ def machine_code(build: Build, capability: int) -> bytes:
         nvrtc.CompilerError: it is not cached, and cannot be compiled.
     """
     compiler = nvrtc.find()
-    flags = options(build, f"{capability}")
+    flags = options(build, ARCHITECTURES.get(capability, f"{capability}"))
     version = "{}.{}".format(*compiler.version)
     key = hashlib.sha256("\0".join([source_hash(), build.source, version, *flags]).encode()).hexdigest()[:40]
     code = cache.read(key)

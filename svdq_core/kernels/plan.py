@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 GROUP = 64
 
@@ -20,10 +21,12 @@ PLAIN, GELU, MODULATE = 0, 1, 2
 ARCHITECTURES = {75: "75", 80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120a"}
 
 
-# Groups whose smoothing factors a block of the quantizer holds at once.
+# Columns whose scales are kept relative to one another's on Hopper, in groups; also the quantizer's shortest slice.
+CHUNK_GROUPS = 8
+# Groups whose smoothing factors a block of the quantizer holds at most.
 MOST_SLICE_GROUPS = 64
-# Groups below which another slice costs more, in adding slices up, than it saves.
-SHORTEST_SLICE = 6
+# Warps of the quantizer that keep a multiprocessor busy.
+BUSY_WARPS = 14
 
 
 def _ceil(a: int, b: int) -> int:
@@ -62,6 +65,8 @@ class Tile:
 LARGE = Tile(256, 128, 64, 64, 2, 3, 1, rate=1.0)
 MEDIUM = Tile(128, 128, 64, 64, 2, 2, 2, rate=0.92)
 SMALL = Tile(64, 64, 32, 32, 2, 4, 2, rate=0.6)
+
+HOPPER = 90  # the capability that has kernels of its own
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,24 @@ class QuantizeBuild:
     bf16: bool
     unsigned: bool
     rank_tiles: int
-    prologue: int
-    warps_k: int
-    stages: int
+    prologue: int = PLAIN
+    stages: int = 4
+    most_warps: int = 14
+    hopper: bool = False
 
     source = "quantize_int4.cu"
     entry = "svdq_quantize_int4"
-    block_rows = 32
+    rows = 16  # of a warp
 
     @property
     def threads(self) -> int:
-        """Two half-blocks of rows for each group that a block takes at once."""
-        return 64 * self.warps_k
+        return self.most_warps * 32
 
-    def shared_bytes(self, slice_groups: int = MOST_SLICE_GROUPS) -> int:
-        """Dynamic shared memory: stages of x and proj_down, and 1 / smooth."""
-        slab = GROUP * (128 if self.rank_tiles > 4 else 64) if self.rank_tiles else 0
-        return self.stages * self.warps_k * (4096 + slab) + slice_groups * GROUP * 4
+    def shared_bytes(self, slice_groups: int = MOST_SLICE_GROUPS, warps: int | None = None) -> int:
+        """Dynamic shared memory: two steps of proj_down, x, 1 / smooth, and on Hopper the chunks' scales."""
+        steps = 2 * 4 * GROUP * 64 if self.rank_tiles else 0
+        scales = self.rows * CHUNK_GROUPS * 4 if self.hopper else 0
+        return steps + (warps or self.most_warps) * (self.stages * 2048 + scales) + slice_groups * GROUP * 4
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
@@ -140,12 +146,42 @@ class QuantizeBuild:
             "SVDQ_UNSIGNED": int(self.unsigned),
             "SVDQ_RANK_TILES": self.rank_tiles,
             "SVDQ_PROLOGUE": self.prologue,
-            "SVDQ_WARPS_K": self.warps_k,
             "SVDQ_STAGES": self.stages,
+            "SVDQ_HOPPER": int(self.hopper),
         }
 
 
-Build = GemmBuild | QuantizeBuild
+@dataclass(frozen=True)
+class HopperGemmBuild:
+    """One build of ``csrc/gemm_hopper.cu``."""
+
+    bf16: bool
+
+    source = "gemm_hopper.cu"
+    entry = "svdq_gemm_hopper"
+    bm, bn, stages = 256, 160, 3
+    threads = 384
+
+    def segments(self, k: int) -> int:
+        """Parts of K whose sums are added in float32; each is one of fp16."""
+        return _ceil(_ceil(k, 128), 64 if self.bf16 else 24)
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the stages, outputs on their way out, scales of columns and rows, barriers."""
+        stage = _ceil((self.bm + self.bn) * 128 + self.bm * 8 + self.bn * 4, 1024) * 1024
+        outputs = self.bm // 2 * (self.bn * 2 + 16)
+        return self.stages * (stage + 16) + outputs + 2 * self.bn * 8 + 2 * self.bm * 4 + 32
+
+    def grid(self, m: int, n: int, multiprocessors: int) -> tuple[int, int, int]:
+        """Blocks, each of which runs over many tiles."""
+        return min(multiprocessors, _ceil(m, self.bm) * _ceil(n, self.bn)), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16)}
+
+
+Build = GemmBuild | QuantizeBuild | HopperGemmBuild
 
 
 def build_name(build: Build) -> str:
@@ -182,29 +218,56 @@ def gemm_build(
     return GemmBuild(bf16, unsigned, tile, epilogue)
 
 
-@lru_cache(maxsize=4096)
-def quantize_build(
-    capability: int, multiprocessors: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int = PLAIN
-) -> tuple[QuantizeBuild, tuple[int, int, int], int]:
-    """The build for an (m, k) input, its grid, and how many groups a block's slice of the columns has.
+def quantize_staging(capability: int) -> tuple[int, int]:
+    """(stages of x, most warps in a block) of the quantizer, to what shared memory holds."""
+    if capability < 80:
+        return 2, 4
+    return {80: (4, 12), 90: (5, 14), 100: (5, 14), 103: (5, 14)}.get(capability, (3, 8))
 
-    Few rows are cut into slices until the card is full or a slice is short; long rows are, so that a
-    slice's smoothing factors stay a small part of shared memory.
+
+class QuantizeLaunch(NamedTuple):
+    """How the quantizer is launched; ``grid`` is (blocks of rows, slices of the columns, blocks of ranks)."""
+
+    build: QuantizeBuild
+    grid: tuple[int, int, int]
+    warps: int
+    slice_groups: int
+
+
+@lru_cache(maxsize=4096)
+def quantize_launch(
+    capability: int,
+    multiprocessors: int,
+    m: int,
+    k: int,
+    rank: int,
+    bf16: bool,
+    unsigned: bool,
+    prologue: int = PLAIN,
+    hopper: bool = False,
+) -> QuantizeLaunch:
+    """The build for an (m, k) input and the shape of its launch.
+
+    A warp's slice of the columns is long enough that about ``BUSY_WARPS`` of them make up a
+    multiprocessor's share of the work, and a block has as many warps as deals them out most evenly.
     """
     rank_tiles = 0 if rank == 0 else 2 if rank <= 16 else 4 if rank <= 32 or capability < 80 else 8
-    build = QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *_quantize_staging(capability, rank_tiles))
-    groups = k // GROUP
-    blocks = _ceil(m, build.block_rows)
-    most = _ceil(groups, SHORTEST_SLICE)
-    slices = max(min(multiprocessors // blocks, most), _ceil(groups, MOST_SLICE_GROUPS), 1)
-    slice_groups = _ceil(groups, slices)
-    return build, (blocks, _ceil(groups, slice_groups), max(_ceil(rank, rank_tiles * 8 or 1), 1)), slice_groups
+    build = QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), hopper)
+    groups, row_tiles = k // GROUP, _ceil(m, build.rows)
+    chunks = _ceil(groups, CHUNK_GROUPS)
+    share = round(chunks * row_tiles / (multiprocessors * BUSY_WARPS))
+    slice_chunks = min(max(share, 1), chunks, MOST_SLICE_GROUPS // CHUNK_GROUPS)
+    slices = _ceil(chunks, slice_chunks)
+    slice_groups = _ceil(chunks, slices) * CHUNK_GROUPS
+    slices = _ceil(groups, slice_groups)
 
+    def most_warps_on_a_multiprocessor(warps: int) -> int:
+        return _ceil(_ceil(row_tiles, warps) * slices, multiprocessors) * warps
 
-def _quantize_staging(capability: int, rank_tiles: int) -> tuple[int, int]:
-    """(warps along K, stages) of the quantizer, to what shared memory allows."""
-    small = capability < 80 or (rank_tiles > 4 and capability not in (80, 90, 100, 103))
-    return (2 if small else 4), 2
+    warps = min(range(build.most_warps, 0, -1), key=most_warps_on_a_multiprocessor)
+    return QuantizeLaunch(
+        build, (_ceil(row_tiles, warps), slices, _ceil(rank, rank_tiles * 8 or 1) or 1), warps, slice_groups
+    )
 
 
 def all_builds(capability: int) -> list[Build]:
@@ -212,14 +275,17 @@ def all_builds(capability: int) -> list[Build]:
     builds: list[Build] = []
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
-            QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *_quantize_staging(capability, rank_tiles))
+            QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), hopper)
             for rank_tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE))
+            for hopper in ((False, True) if capability == HOPPER and prologue == PLAIN else (False,))
         ]
         for tile in (LARGE, MEDIUM, SMALL):
             build = GemmBuild(bf16, unsigned, tile)
             builds.append(build)
             if tile is not SMALL:
                 builds += [replace(build, epilogue=epilogue) for epilogue in (GELU_QUANTIZE, NORM_ROPE)]
+    if capability == HOPPER:
+        builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
     return [build for build in builds if runs_on(build, capability)]
 
 

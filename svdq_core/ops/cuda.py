@@ -35,11 +35,21 @@ class _Operator(NamedTuple):
         return self.kernel(launch, *operands)
 
 
+def _linear_w4a4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
+    """A whole layer: with kernels of its own on Hopper, elsewhere its two halves."""
+    if launch.card(x.device.index)[0] != plan.HOPPER:
+        return int4._linear_w4a4_reference(x, *operands)
+    from ..kernels import hopper
+
+    return hopper.linear(x, *operands)
+
+
 # The first eight operands of every linear are those of ``linear_int4``; the sixth is ``proj_up``.
 _OPERATORS = {
     "quantize_act_int4": _Operator(
         int4._quantize_act_reference, lambda launch, *operands: launch.quantize(*operands), 0
     ),
+    "linear_w4a4": _Operator(int4._linear_w4a4_reference, _linear_w4a4, 0),
     "linear_int4": _Operator(int4._linear_reference, lambda launch, *operands: launch.gemm(*operands), 5),
     "gelu_quantize_act_int4": _Operator(
         fused._gelu_quantize_act_reference, lambda launch, *operands: launch.quantize(*operands, plan.GELU), 0

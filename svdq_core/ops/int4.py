@@ -1,11 +1,14 @@
-"""``svdq::quantize_act_int4`` and ``svdq::linear_int4``: the two halves of a W4A4 layer.
+"""``svdq::linear_w4a4``, a whole INT4 layer, and its two halves.
 
-Together they evaluate SVDQuant's layer (arXiv 2411.05007, section 4.2)::
+They evaluate SVDQuant's layer (arXiv 2411.05007, section 4.2)::
 
     x ──┬─ /smooth ─ quantize ─> qact, act_scale ─┐
         │                                         ├─> y = qact·weight + down·proj_upᵀ + bias
         └─ · proj_down ────────> down ────────────┘
          (quantize_act_int4)                       (linear_int4)
+
+The whole layer is an operator of its own so that a device may hold what passes between the halves, and the
+weight, in a layout of its own.
 """
 
 import torch
@@ -20,6 +23,32 @@ _library.define(
     "linear_int4(Tensor qact, Tensor act_scale, Tensor down, Tensor weight, Tensor weight_scale,"
     " Tensor proj_up, Tensor? bias, bool act_unsigned) -> Tensor"
 )
+_library.define(
+    "linear_w4a4(Tensor x, Tensor smooth_factor, Tensor proj_down, Tensor weight, Tensor weight_scale,"
+    " Tensor proj_up, Tensor? bias, bool act_unsigned) -> Tensor"
+)
+
+
+def linear_w4a4(
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    proj_up: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_unsigned: bool,
+) -> torch.Tensor:
+    """A whole layer: :func:`quantize_act_int4`, then :func:`linear_int4`.
+
+    Args:
+        x: (M, K).
+        smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned: as in the two halves.
+
+    Returns:
+        (M, N) in ``proj_up``'s dtype.
+    """
+    return torch.ops.svdq.linear_w4a4(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned)
 
 
 def quantize_act_int4(
@@ -82,6 +111,12 @@ def _linear_reference(qact, act_scale, down, weight, weight_scale, proj_up, bias
     return y.to(proj_up.dtype)
 
 
+@torch.library.impl(_library, "linear_w4a4", "CompositeExplicitAutograd")
+def _linear_w4a4_reference(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned):
+    quantized = quantize_act_int4(x, smooth_factor, proj_down, act_unsigned)
+    return linear_int4(*quantized, weight, weight_scale, proj_up, bias, act_unsigned)
+
+
 @torch.library.register_fake("svdq::quantize_act_int4")
 def _quantize_act_fake(x, smooth_factor, proj_down, act_unsigned):
     m, k = x.shape
@@ -95,3 +130,8 @@ def _quantize_act_fake(x, smooth_factor, proj_down, act_unsigned):
 @torch.library.register_fake("svdq::linear_int4")
 def _linear_fake(qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned):
     return proj_up.new_empty((qact.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("svdq::linear_w4a4")
+def _linear_w4a4_fake(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned):
+    return proj_up.new_empty((x.shape[0], weight.shape[0]))

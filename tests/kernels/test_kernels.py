@@ -36,7 +36,7 @@ def disassembled(build: plan.Build, capability: int, folder: Path) -> tuple[sass
     if sass.tool("nvdisasm") is None:
         pytest.skip("nvdisasm is not installed")
     headers = {name: text for name, text in library.sources().items() if name.endswith(".cuh")}
-    options = library.options(build, str(capability))
+    options = library.options(build, plan.ARCHITECTURES[capability])
     code = compiler().compile(build.source, library.sources()[build.source], headers, options)
     path = folder / "kernel.cubin"
     path.write_bytes(code)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantizer(capability: int, rank: int = 32) -> plan.QuantizeBuild:
-    return plan.quantize_build(capability, 100, 4608, 3072, rank, capability >= 80, False)[0]
+    return plan.quantize_launch(capability, 100, 4608, 3072, rank, capability >= 80, False).build
 
 
 # ---- compilation and machine code
@@ -219,11 +219,17 @@ def test_plan_fits_every_card(capability: int) -> None:
                 build = plan.gemm_build(capability, 82, m, n, capability >= 80, False, epilogue)
                 assert build in builds
                 assert build.grid(m, n)[0] * build.tile.bm * build.tile.bn >= m * n
-            build, grid, slice_groups = plan.quantize_build(capability, 82, m, k, 48, capability >= 80, False)
-            assert build in builds
-            assert slice_groups * (grid[1] - 1) < k // 64 <= slice_groups * grid[1]
-            assert slice_groups <= plan.MOST_SLICE_GROUPS
-            assert grid[2] * build.rank_tiles * 8 >= 48
+            for hopper in (False, capability == plan.HOPPER):
+                build, grid, warps, slice_groups = plan.quantize_launch(
+                    capability, 82, m, k, 48, capability >= 80, False, hopper=hopper
+                )
+                assert build in builds
+                assert build.shared_bytes(slice_groups, warps) <= shared
+                assert (grid[0] - 1) * warps * build.rows < m <= grid[0] * warps * build.rows
+                assert slice_groups * (grid[1] - 1) < k // 64 <= slice_groups * grid[1]
+                assert slice_groups <= plan.MOST_SLICE_GROUPS
+                assert slice_groups % plan.CHUNK_GROUPS == 0
+                assert grid[2] * build.rank_tiles * 8 >= 48
 
 
 def test_large_shapes_get_large_tiles() -> None:

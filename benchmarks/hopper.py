@@ -1,0 +1,124 @@
+"""Whole INT4 layers on a Hopper card against 16 bits and every installed peer: a table's numbers and a plot.
+
+    python -m benchmarks.hopper OUT.json      measures (needs the card)
+    python -m benchmarks.hopper --plot IN.json OUT.png
+
+Peers are those of ``svdq_core.bench``; all times of a shape come from one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from svdq_core import bench
+from svdq_core.kernels import hopper
+from svdq_core.numerics import int4
+from svdq_core.ops.int4 import linear_w4a4
+
+RANKS = (0, 32, 128)
+FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
+
+
+def relative_error(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+    """Of the layer against float64 of the codes that float32 arithmetic quantizes to."""
+    o = bench._operands(m, k, n, 32, dtype, False)
+    out = linear_w4a4(
+        o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
+    )
+    codes, scale = int4.quantize_groups(o["x"].float() / o["smooth"].float(), False)
+    weight = int4.dequantize(int4.unpack(o["weight"]), o["weight_scale"].t()).double()
+    expected = int4.dequantize(codes, scale).double() @ weight.t() + o["bias"].double()
+    expected += (o["x"].double() @ o["proj_down"].double()) @ o["proj_up"].double().t()
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def parts(m: int, k: int, n: int) -> dict[str, float]:
+    """Times of the layer by rank, and of its two halves at rank 32."""
+    result = {}
+    for rank in RANKS:
+        size = 2 * m * k + n * k + 2 * m * n
+        sets = bench.copies(lambda r=rank: bench._operands(m, k, n, r, torch.bfloat16, False), size)
+        layers = [
+            lambda o=o: linear_w4a4(
+                o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
+            )
+            for o in sets
+        ]
+        result[f"rank{rank}_us"] = bench.median_us(layers)
+        if rank == 32:
+            halves = [lambda o=o: hopper.quantize(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
+            result["quantize_us"] = bench.median_us(halves)
+            result["gemm_us"] = result["rank32_us"] - result["quantize_us"]
+    return result
+
+
+def measure(path: Path) -> None:
+    """Measure every shape of the bench and write it down."""
+    limits = bench.measure_limits()
+    results = []
+    for m, k, n in bench.SHAPES:
+        result = bench.bench_shape(m, k, n, 32, torch.bfloat16, limits) | parts(m, k, n)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            result[f"error_{name}"] = relative_error(m, k, n, dtype)
+        results.append(result)
+        print(bench.table([result]), flush=True)
+    report = {
+        "command": "python -m benchmarks.hopper benchmarks/results/hopper_h200.json",
+        "environment": bench.environment(),
+        "copy_bytes_per_second": limits.bandwidth,
+        "geometric_mean_over_16bit_flux": statistics.geometric_mean([r["speedup_over_16bit"] for r in results[:FLUX]]),
+        "weight_image_bytes_per_weight": 1.0,
+        "results": results,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def plot(source: Path, target: Path) -> None:
+    """Speed relative to 16 bits, by shape, of ours and every peer."""
+    import matplotlib.pyplot as plt
+
+    results = json.loads(source.read_text())["results"]
+    names = {
+        "layer_us": "this pack, INT4 rank 32",
+        "nf4_us": "NF4 (bitsandbytes)",
+        "kitchen_convrot_w4a4_us": "comfy-kitchen ConvRot W4A4",
+        "kitchen_w4a8_us": "comfy-kitchen W4A8",
+        "kitchen_int8_us": "comfy-kitchen INT8",
+        "kitchen_svdquant_us": "comfy-kitchen SVDQuant",
+        "fp8_gemm_us": "bare FP8 product (torch)",
+        "int8_gemm_us": "bare INT8 product (torch)",
+    }
+    shown = [key for key in names if any(key in r for r in results)]
+    figure, axes = plt.subplots(figsize=(11, 4.2))
+    width = 0.85 / len(shown)
+    for i, key in enumerate(shown):
+        heights = [r["16bit_us"] / r[key] if key in r else 0.0 for r in results]
+        hatch = "//" if key.endswith("gemm_us") else None
+        axes.bar(
+            [j + (i - len(shown) / 2 + 0.5) * width for j in range(len(results))],
+            heights,
+            width,
+            label=names[key],
+            hatch=hatch,
+            alpha=0.5 if hatch else 1.0,
+        )
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks(range(len(results)), [f"{r['m']} x {r['k']}\nx {r['n']}" for r in results], fontsize=8)
+    axes.set_ylabel("times as fast as bf16 F.linear")
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("target", type=Path, nargs="?")
+    parser.add_argument("--plot", action="store_true")
+    options = parser.parse_args()
+    plot(options.path, options.target) if options.plot else measure(options.path)

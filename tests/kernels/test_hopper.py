@@ -1,0 +1,108 @@
+"""Hopper's kernels without a Hopper card: their machine code, and the layout of their operands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdq_core.kernels import hopper, plan
+from svdq_core.numerics import int4
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sass
+from test_kernels import disassembled
+
+# What a byte of E4M3 is worth, by torch.
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_main_loop_multiplies_bytes_without_waiting(bf16: bool, tmp_path: Path) -> None:
+    """A stage: two groups of 128 x 160 outputs, FP8 products, two packed instructions for two outputs."""
+    code = list(disassembled(plan.HopperGemmBuild(bf16), plan.HOPPER, tmp_path))
+    loop = sass.main_loop(code, "QGMMA")
+    mix = sass.mix(loop)
+    assert mix["QGMMA"] == 8
+    assert all("64x160x32.F16.E4M3.E4M3" in i.opcode for i in loop if i.opcode.startswith("QGMMA"))
+    assert mix["HFMA2"] == 160, "one for a pair of sums"
+    assert mix["HMUL2"] <= 172, "one for a pair of scales, and the rows'"
+    assert len(loop) < 470
+    assert not {"LDL", "STL", "I2F", "F2F"} & set(mix)
+    # The compiler may give up overlapping products, and then waits after each: two waits a group are ours.
+    waits = [i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 4
+
+
+@pytest.mark.parametrize("rank_tiles", [0, 4])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, tmp_path: Path) -> None:
+    build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *plan.quantize_staging(plan.HOPPER), True)
+    mix = sass.mix(disassembled(build, plan.HOPPER, tmp_path))
+    assert not {"LDL", "STL"} & set(mix)
+    assert mix["HMMA"] == 8 * rank_tiles, "two groups at once, 16 ranks and 8 rows a product"
+
+
+def unswizzled(image: torch.Tensor) -> torch.Tensor:
+    """(stages, rows, 128 bytes) -> (rows, K) in the order of the kernel's columns, swizzle undone."""
+    stages, rows, _ = image.shape
+    chunks = image.view(stages, rows, 8, 16)
+    place = torch.arange(8)[None, :] ^ (torch.arange(rows) % 8)[:, None]
+    plain = torch.stack([chunks[:, r][:, place[r]] for r in range(rows)], 1)
+    return plain.reshape(stages, rows, 128).transpose(0, 1).reshape(rows, -1)
+
+
+def in_order(columns: torch.Tensor) -> torch.Tensor:
+    """(rows, K) from the kernel's order of a group's columns to the file's."""
+    rows, k = columns.shape
+    return columns.view(rows, k // 64, 4, 2, 8).transpose(2, 3).reshape(rows, k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 192), (160, 256), (328, 640)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_image_is_the_weight(n: int, k: int, dtype: torch.dtype) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    scale = (torch.rand(k // 64, n) * 10 ** torch.linspace(-3, 1, n)).to(dtype)
+    smooth = torch.where(torch.rand(k) < 0.5, -1.0, 1.0).to(dtype)
+    image = hopper.weight_image(int4.pack(codes), scale, smooth, act_unsigned=False)
+    decoded = in_order(E4M3[unswizzled(image.codes).int()])
+    assert torch.equal(decoded[:n, :k], codes.float() * smooth.float())
+    assert not decoded[n:].any() and not decoded[:, k:].any()
+    # Pairs of columns, dealt as a fragment's lanes want them: 8 j + 2 q and + 1 of 32.
+    stages = image.codes.shape[0]
+    dealt = image.scale.view(stages, image.rows // 32, 2, 4, 4, 2).permute(0, 2, 1, 4, 3, 5)
+    relative = dealt.reshape(2 * stages, image.rows)[: k // 64, :n].double()
+    room = 2.0**20 if dtype == torch.bfloat16 else 1.0
+    restored = relative * image.column_scale[:n].double() / room
+    largest = image.column_scale[:n].double() / room
+    assert ((restored - scale.double()).abs() <= scale.double() * 2**-11 + largest * 2**-25).all()
+    assert relative.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 8, 24, 64, 130])
+def test_up_image_is_proj_up(rank: int, dtype: torch.dtype) -> None:
+    n, k = 72, 128
+    weight = int4.pack(torch.randint(-7, 8, (n, k), dtype=torch.int8))
+    scale = (torch.rand(k // 64, n) * 0.01 + 1e-4).to(dtype)
+    image = hopper.weight_image(weight, scale, torch.ones(k, dtype=dtype), act_unsigned=False)
+    proj_up = (torch.randn(n, rank) * 0.05).to(dtype)
+    up = hopper.up_image(proj_up, image)
+    blocks = up.factors.shape[0]
+    plain = unswizzled(up.factors.contiguous().view(torch.uint8).view(blocks, image.rows, 128)) if blocks else None
+    if blocks:
+        plain = plain.reshape(image.rows, -1).contiguous().view(dtype)[:n].float()
+        assert not plain[:, rank:].any()
+        restored = plain[:, :rank] * up.scale * image.column_scale[:n, None]
+        torch.testing.assert_close(restored, proj_up.float(), rtol=2**-8, atol=2**-20)
+    assert blocks == -(-rank // 64)
+
+
+def test_guard_behind_the_images_can_be_read() -> None:
+    weight = int4.pack(torch.randint(-7, 8, (8, 64), dtype=torch.int8))
+    image = hopper.weight_image(weight, torch.ones(1, 8).half(), torch.ones(64).half(), act_unsigned=False)
+    last_tile = plan.HopperGemmBuild.bn
+    assert image.codes.untyped_storage().nbytes() >= image.codes.nbytes + 128 * (last_tile - 8)
+    assert image.column_scale.numel() >= 256
