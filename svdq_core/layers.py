@@ -131,8 +131,8 @@ class SVDQLinear(torch.nn.Module):
         if not extra:
             return None
         extended = torch.cat([base, *(tensor.to(base) for tensor in extra)], dim=1)
-        # Kernels read ranks in eights; padding once here saves a copy at every call.
-        return torch.nn.functional.pad(extended, (0, -extended.shape[1] % 8))
+        # Kernels multiply ranks in sixteens; padding once here saves a copy at every call.
+        return torch.nn.functional.pad(extended, (0, -extended.shape[1] % 16))
 
     def extra_repr(self) -> str:
         """Shape and rank, for ``print(model)``."""

@@ -3,9 +3,11 @@
 import comfy.model_patcher
 
 from .operations import QuantizedLinear
-from .patches import adapter_from_patches
+from .patches import AdapterBuilder, AdapterSettings
 
 _PATCHES, _HOOKS = "patches", "hooks"
+# Attachments, which the host hands on to clones.
+_BUILDER, _SETTINGS = "svdquant_adapter_builder", "svdquant_adapter_settings"
 
 
 class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -15,6 +17,10 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
     weight are set on the layer as an adapter: those of ``add_patches`` whenever weights are loaded or
     moved, those of hooks whenever the hooks change.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.set_attachments(_BUILDER, AdapterBuilder())  # a clone is then given its origin's
 
     def quantized_layers(self):
         """Yield (key of the weight, layer) of every quantized layer."""
@@ -54,7 +60,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         super().patch_hooks(hooks)
         patches = self.get_combined_hook_patches(hooks)
         for key, layer in self.quantized_layers():
-            layer.set_adapter(_HOOKS, self._adapter(layer, key, patches.get(key)))
+            layer.set_adapter(_HOOKS, self.adapter(layer, key, patches.get(key)))
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         """As the host's, except that a quantized weight stays as it is."""
@@ -68,6 +74,17 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
             if not whitelist_keys_set or key in whitelist_keys_set:
                 layer.set_adapter(_HOOKS, None)
 
+    def set_adapter_settings(self, settings: AdapterSettings) -> None:
+        """How patches that are not low-rank by nature are kept on this clone and its clones."""
+        self.set_attachments(_SETTINGS, settings)
+
+    def adapter(self, layer: QuantizedLinear, key: str, patches: list[tuple] | None):
+        """What patches make of a quantized layer; remembered, as far as it is work."""
+        if not patches:
+            return None
+        settings = self.get_attachment(_SETTINGS) or AdapterSettings()
+        return self.get_attachment(_BUILDER).build(layer, key, patches, self.load_device, settings)
+
     def _set_adapters(self) -> None:
         for key, layer in self.quantized_layers():
             # The host may have hung its own patch function on the layer, to run at every call.
@@ -76,12 +93,7 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
                 for function in layer.weight_function
                 if not isinstance(function, comfy.model_patcher.LowVramPatch)
             ]
-            layer.set_adapter(_PATCHES, self._adapter(layer, key, self.patches.get(key)))
-
-    def _adapter(self, layer, key, patches):
-        if not patches:
-            return None
-        return adapter_from_patches(layer, key, patches, self.load_device)
+            layer.set_adapter(_PATCHES, self.adapter(layer, key, self.patches.get(key)))
 
     def _is_quantized(self, key: str) -> bool:
         name, _, parameter = key.rpartition(".")

@@ -1,46 +1,162 @@
 """Weight patches of the host (LoRA and its kin) as adapters of a quantized layer."""
 
+from __future__ import annotations
+
 import logging
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import comfy.lora
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..layers import Adapter, SVDQLinear
+from ..lora.fit import fit, recompress
+
+# Kinds of patches whose change of a weight is proportional to the strength and free of the weight.
+_PROPORTIONAL = ("loha", "lokr", "diff")
+_MOST_FITS = 8  # remembered for a weight
 
 
-def adapter_from_patches(layer: SVDQLinear, key: str, patches: Sequence[tuple], device: torch.device) -> Adapter | None:
-    """Turn what ``ModelPatcher.add_patches`` collected for one weight into an adapter.
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How changes that are not low-rank by nature are kept.
 
-    Ordinary LoRA becomes extra rank, exactly and without touching the quantized weight (SVDQuant,
-    arXiv 2411.05007, section 4.3). Anything else (LoHa, DoRA, full differences, merges ...) is worked
-    out by the host on the layer's dequantized weight and kept as a dense 16-bit difference.
-
-    Args:
-        layer: the quantized layer.
-        key: of the weight, for messages.
-        patches: (strength, patch, strength of the model, offset, function), as the host keeps them.
-        device: where to compute.
-
-    Returns:
-        The adapter, or None if the patches change nothing.
+    Attributes:
+        error_bound: relative, of a fit; a layer that no rank up to ``max_rank`` fits so well keeps its
+            change densely, in 16 bits.
+        max_rank: of a fit.
+        recompress: allowed relative error of the sum of all low-rank changes; 0 leaves it as it is.
     """
-    low_rank = [_low_rank(layer, key, patch) for patch in patches]
-    if any(factors is None for factors in low_rank):
-        return _dense(layer, key, patches, device)
-    factors = [pair for pair in low_rank if pair[0].shape[1]]
-    if not factors:
-        return None
-    down = torch.cat([down.to(device) for down, _ in factors], dim=1)
-    up = torch.cat([up.to(device) for _, up in factors], dim=1)
-    return Adapter(down, up)
+
+    error_bound: float = 0.01
+    max_rank: int = 256
+    recompress: float = 0.0
+
+
+class AdapterBuilder:
+    """Builds the adapters of one model's layers, and remembers fits: a change of strength repeats none."""
+
+    def __init__(self) -> None:
+        # By weight, then by what was fitted, the latest last; the tensors' addresses are part of its name.
+        self._fits: dict[str, OrderedDict[tuple, tuple[list[torch.Tensor], Adapter]]] = defaultdict(OrderedDict)
+
+    def build(
+        self,
+        layer: SVDQLinear,
+        key: str,
+        patches: Sequence[tuple],
+        device: torch.device,
+        settings: AdapterSettings = AdapterSettings(),
+    ) -> Adapter | None:
+        """Turn what ``ModelPatcher.add_patches`` collected for one weight into an adapter.
+
+        Ordinary LoRA becomes extra rank, exactly and without touching the quantized weight (SVDQuant,
+        arXiv 2411.05007, section 4.3). LoHa, LoKr and plain differences are worked out by the host and
+        fitted with a product of low rank, each once. What depends on the weight (DoRA, OFT, BOFT,
+        GLoRA, merges) is worked out on the layer's dequantized weight with all patches in order, and
+        fitted.
+
+        Args:
+            layer: the quantized layer.
+            key: of the weight, for messages.
+            patches: (strength, patch, strength of the model, offset, function), as the host keeps them.
+            device: where to compute.
+            settings: of the fits.
+
+        Returns:
+            The adapter, or None if the patches change nothing.
+        """
+        active = [patch for patch in patches if patch[0] != 0 or patch[2] != 1.0]
+        parts = [self._additive(layer, key, patch, device, settings) for patch in active]
+        if any(part is None for part in parts):
+            parts = [self._remembered(("all", *map(_identity, active), *map(_strength, active)), layer, key, active,
+                                      device, settings)]  # fmt: skip
+        down = torch.cat([layer_zeros(layer.in_features, device), *(part.down for part in parts)], dim=1)
+        up = torch.cat([layer_zeros(layer.out_features, device), *(part.up for part in parts)], dim=1)
+        deltas = [part.delta for part in parts if part.delta is not None]
+        if settings.recompress:
+            down, up = recompress(down, up, settings.recompress)
+        if not deltas and not down.shape[1]:
+            return None
+        return Adapter(down, up, delta=sum(deltas) if deltas else None)
+
+    def _additive(self, layer, key, patch, device, settings) -> Adapter | None:
+        """A patch's own change, strength included; None where it depends on the weight it changes."""
+        strength, adapter, strength_model, _, function = patch
+        if strength_model != 1.0 or function is not None:
+            return None
+        low_rank = _low_rank(layer, key, patch)
+        if low_rank is not None:
+            return Adapter(*(factor.to(device) for factor in low_rank))
+        if _kind(adapter) not in _PROPORTIONAL or _decomposes(adapter):
+            return None
+        at_one = (1.0, *patch[1:])
+        unit = self._remembered(("one", _identity(patch)), layer, key, [at_one], device, settings, of_zero=True)
+        return Adapter(unit.down, unit.up * strength, None if unit.delta is None else unit.delta * strength)
+
+    def _remembered(self, name, layer, key, patches, device, settings, of_zero=False) -> Adapter:
+        fits = self._fits[key]
+        signature = (name, settings.error_bound, settings.max_rank, device)
+        if signature not in fits:
+            weight = layer.dequantized_weight().to(device)
+            base = torch.zeros_like(weight) if of_zero else weight
+            original = {key: [(weight.clone(), None)]}
+            changed = comfy.lora.calculate_weight(list(patches), base.clone(), key, original_weights=original)
+            adapter = fit(changed - base, settings.error_bound, settings.max_rank)
+            fits[signature] = [tensor for patch in patches for tensor in _tensors(patch[1])], adapter
+            if len(fits) > _MOST_FITS:
+                fits.popitem(last=False)
+        fits.move_to_end(signature)
+        return fits[signature][1]
+
+
+def layer_zeros(features: int, device: torch.device) -> torch.Tensor:
+    """(features, 0): a factor of no rank."""
+    return torch.zeros((features, 0), device=device)
+
+
+def _kind(adapter) -> str | None:
+    """The name of a patch's kind; None for what the host nests (merges)."""
+    if isinstance(adapter, tuple):
+        return adapter[0] if isinstance(adapter[0], str) else "diff"
+    return getattr(adapter, "name", None)
+
+
+def _tensors(patch) -> list[torch.Tensor]:
+    """The tensors of a patch, in whatever the host keeps it."""
+    if isinstance(patch, torch.Tensor):
+        return [patch]
+    values = patch if isinstance(patch, (list, tuple)) else getattr(patch, "weights", ())
+    return [tensor for value in values for tensor in _tensors(value)] if not isinstance(patch, str) else []
+
+
+def _identity(patch: tuple) -> tuple:
+    """Names a patch but for its strength: its kind, its tensors, where it acts."""
+    _, adapter, strength_model, offset, function = patch
+    numbers = tuple(value for value in getattr(adapter, "weights", ()) if isinstance(value, (int, float)))
+    tensors = tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in _tensors(adapter))
+    return _kind(adapter), tensors, numbers, strength_model, offset, id(function) if function else None
+
+
+def _strength(patch: tuple) -> float:
+    return patch[0]
+
+
+def _decomposes(adapter) -> bool:
+    """Whether it is a DoRA of its kind: relative to the norms of the weight it changes."""
+    weights = getattr(adapter, "weights", None)
+    if weights is None:
+        return False
+    dora = {"loha": 7, "lokr": 8}.get(adapter.name)
+    return dora is not None and len(weights) > dora and weights[dora] is not None
 
 
 def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(K, r) and (N, r) float32 of a plain LoRA; r = 0 if it has no effect; None for other kinds."""
-    strength, adapter, strength_model, offset, function = patch
-    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
+    strength, adapter, _, offset, _ = patch
+    if not isinstance(adapter, LoRAAdapter):
         return None
     up, down, alpha, middle, dora_scale, reshape = adapter.weights
     if middle is not None or dora_scale is not None or reshape is not None:
@@ -51,7 +167,7 @@ def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> tuple[torch.Tensor, 
     if offset is not None:  # a slice of a fused layer: q, k or v along N, an input along K
         axis, start, length = offset
         (rows, columns)[axis][:] = [start, length]
-    if (up.shape, down.shape) != ((rows[1], rank), (rank, columns[1])):
+    if not fits_layer(layer, patch):
         logging.error(
             f"SVDQuant: LoRA for {key} was left out: its factors are {tuple(up.shape)} and "
             f"{tuple(down.shape)}, the layer is {layer.out_features} x {layer.in_features}"
@@ -68,10 +184,13 @@ def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> tuple[torch.Tensor, 
     return full_down, full_up
 
 
-def _dense(layer, key, patches, device) -> Adapter:
-    weight = layer.dequantized_weight().to(device)
-    original = {key: [(weight.clone(), None)]}
-    patched = comfy.lora.calculate_weight(patches, weight.clone(), key, original_weights=original)
-    down = weight.new_empty((layer.in_features, 0))
-    up = weight.new_empty((layer.out_features, 0))
-    return Adapter(down, up, delta=patched - weight)
+def fits_layer(layer: SVDQLinear, patch: tuple) -> bool:
+    """Whether a plain LoRA's factors have the shape of the part of the layer that it is for."""
+    _, adapter, _, offset, _ = patch
+    if not isinstance(adapter, LoRAAdapter):
+        return True
+    up, down = (factor.flatten(start_dim=1) for factor in adapter.weights[:2])
+    size = [layer.out_features, layer.in_features]
+    if offset is not None:
+        size[offset[0]] = offset[2]
+    return (up.shape[0], down.shape[1]) == tuple(size) and up.shape[1] == down.shape[0]

@@ -1,5 +1,7 @@
 """A 16-bit model that the host has loaded, as weights to quantize."""
 
+import uuid
+
 import comfy.lora
 import torch
 
@@ -46,3 +48,20 @@ class ModelSource:
             return weight
         full = convert(weight.detach().to(torch.float32, copy=True), inplace=True)
         return comfy.lora.calculate_weight(patches, full, key).to(weight.dtype)
+
+
+def without_patches(patcher):
+    """The MODEL without the patches (LoRAs) that the graph put on it."""
+    bare = patcher.clone()
+    bare.patches = {}
+    bare.patches_uuid = uuid.uuid4()
+    return bare
+
+
+def with_patches_of(patcher, origin):
+    """A MODEL with the patches of another one of the same architecture, on top of its own."""
+    patched = patcher.clone()
+    for key, patches in origin.patches.items():
+        patched.patches[key] = patched.patches.get(key, []) + list(patches)
+    patched.patches_uuid = uuid.uuid4()
+    return patched

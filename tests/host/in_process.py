@@ -65,6 +65,13 @@ class SmallFluxHost(InProcessHost):
         hooks = comfy.hooks.create_hook_lora(lora, strength, strength)
         return comfy.hooks.set_hooks_for_conditioning(conditioning, hooks)
 
+    def stock_lora(self, model, path, strength):
+        """The model as the stock LoRA nodes give it."""
+        import comfy.sd
+        import comfy.utils
+
+        return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), strength, 0)[0]
+
     def loha(self, n, k, random):
         """A LoHa patch: the element-wise product of two low-rank matrices."""
         from comfy.weight_adapter.loha import LoHaAdapter

@@ -341,7 +341,7 @@ def test_a_lora_of_the_wrong_shape_leaves_the_layer_alone(host, flux_files, tmp_
     path = make_lora(tmp_path / "wrong.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (64, 64)})
     model = host.load(flux_files.quantized)
     plain = host.sample(model)
-    assert torch.equal(host.sample(host.apply_lora(model, path, 1.0)[0]), plain)
+    assert torch.equal(host.sample(host.stock_lora(model, path, 1.0)), plain)
     assert QKV in caplog.text
 
 

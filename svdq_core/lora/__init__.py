@@ -1,0 +1,1 @@
+"""Adapters of any kind as extra rank on a quantized layer."""
