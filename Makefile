@@ -9,13 +9,21 @@ PYTHON ?= python3
 VENV := .venv/bin
 DEVICE_CODE = $(shell find csrc -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test lint format bootstrap clean
+.PHONY: demo test browser lint format bootstrap clean
 
 demo: bootstrap
 	$(VENV)/python -m demo.run $(ARGS)
 
 test: bootstrap
 	$(VENV)/python -m pytest $(ARGS)
+
+# Chromium, which the browser tests need: Debian's and Ubuntu's. Elsewhere install one by hand, or they skip.
+ROOT = $(if $(filter 0,$(shell id -u)),,sudo -n)
+APT = $(ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -qq
+
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		$(APT) update && $(APT) install -y --no-install-recommends chromium; }
 
 lint: bootstrap
 	$(VENV)/ruff check

@@ -1,5 +1,6 @@
 """The nodes, one file per family. Ids and inputs are saved in users' graphs: add, never rename."""
 
+from .compare import SVDQuantCompare
 from .inspect import SVDQuantInspect
 from .loader import SVDQuantModelLoader
 from .lora import SVDQuantLoraApply
@@ -10,6 +11,7 @@ NODE_CLASS_MAPPINGS = {
     "SVDQuantQuantizeCheckpoint": SVDQuantQuantizeCheckpoint,
     "SVDQuantLoraApply": SVDQuantLoraApply,
     "SVDQuantInspect": SVDQuantInspect,
+    "SVDQuantCompare": SVDQuantCompare,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -17,4 +19,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantQuantizeCheckpoint": "SVDQuant Quantize Checkpoint",
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
+    "SVDQuantCompare": "SVDQuant Compare",
 }

@@ -1,5 +1,7 @@
 """SVDQuant Inspect."""
 
+from dataclasses import replace
+
 import folder_paths
 import numpy
 import torch
@@ -43,7 +45,7 @@ class SVDQuantInspect:
     def inspect(self, model_name: str, model=None):
         if model is None:
             path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-            summary = summarize_file(path)
+            summary = replace(summarize_file(path), title=model_name)
         else:
             title = f"loaded {type(model.model).__name__} model"
             about = model.get_attachment(REPORT) or {}

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import folder_paths
 
 from ..svdq_core.errors import SVDQuantError
 from ..svdq_core.host.calibration import calibrate
+from ..svdq_core.host.interrupt import Interruptible
 from ..svdq_core.host.loader import load_quantized
-from ..svdq_core.host.source import ModelSource
+from ..svdq_core.host.progress import QuantizationProgress, layer_error
+from ..svdq_core.host.source import ModelSource, with_patches_of, without_patches
 from ..svdq_core.quantizer.pipeline import (
     DEFAULT_RANK,
     MAX_RANK,
@@ -47,7 +48,10 @@ class SVDQuantQuantizeCheckpoint:
             "required": {
                 "model": (
                     "MODEL",
-                    {"tooltip": "The 16-bit model. LoRAs that the graph put on it are baked in."},
+                    {
+                        "tooltip": "The 16-bit model. LoRAs that the graph put on it are baked in, unless "
+                        "bake_loras is off."
+                    },
                 ),
                 "file_name": (
                     "STRING",
@@ -152,6 +156,15 @@ class SVDQuantQuantizeCheckpoint:
                         "python -m svdq_core quantize --calibration.",
                     },
                 ),
+                "bake_loras": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "advanced": True,
+                        "tooltip": "Make LoRAs that the graph put on the model part of the file. Off: the file is "
+                        "of the model alone, and the LoRAs act on the returned model as on the given one.",
+                    },
+                ),
             },
         }
 
@@ -173,50 +186,65 @@ class SVDQuantQuantizeCheckpoint:
         negative=None,
         latent=None,
         save_calibration=False,
+        bake_loras=True,
     ):
         path = output_path(models_folder(), file_name)
+        given = model
+        if not bake_loras:
+            model = without_patches(model)
         settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
         planned = plan(ModelSource(model), settings)
         check_output(path, planned, overwrite)
 
-        bar = comfy.utils.ProgressBar(1)
-        calibration = None
-        sampling_steps = 0
-        if RECIPES[recipe].calibrates:
+        calibrates = RECIPES[recipe].calibrates
+        if calibrates:
             _check_calibration_inputs(recipe, cfg, positive, negative, latent)
-            sampling_steps = steps * len(positive)
-            calibration = calibrate(
-                model,
-                planned.layers,
-                positive,
-                negative or positive,
-                latent,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                seed,
-                lambda done, total: bar.update_absolute(done, total + planned.steps),
-            )
+        progress = QuantizationProgress(planned, steps * len(positive) if calibrates else 0)
+        calibration = None
+        if calibrates:
+            with Interruptible():
+                calibration = calibrate(
+                    model,
+                    planned.layers,
+                    positive,
+                    negative or positive,
+                    latent,
+                    steps,
+                    cfg,
+                    sampler_name,
+                    scheduler,
+                    seed,
+                    progress.sampled,
+                )
             if save_calibration:
                 output = folder_paths.get_output_directory()
                 calibration.save(output_path(output, f"{file_name}.calibration"), overwrite)
 
-        def progress(done: int, total: int, text: str) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(sampling_steps + done, sampling_steps + total)
-
         comfy.model_management.unload_all_models()  # the quantizer needs the room, not the model
         source = ModelSource(model)  # only now: one made earlier would keep a second copy of the weights
         device = comfy.model_management.get_torch_device()
-        done = quantize_checkpoint(source, path, settings, calibration, progress, overwrite, device)
+        with Interruptible():
+            done = quantize_checkpoint(
+                source,
+                path,
+                settings,
+                calibration,
+                progress.working,
+                overwrite,
+                device,
+                on_layer=progress.quantized,
+            )
         report = (
             f"{path.name}: {len(done.layers)} layers quantized ({precision}, {recipe}, rank {rank}), "
             f"{done.size_ratio:.2f}x smaller ({done.bytes_16bit / 1e6:.1f} -> "
             f"{done.bytes_4bit / 1e6:.1f} MB); file {done.file_bytes / 1e6:.1f} MB, "
             f"{done.seconds:.1f} s"
         )
-        return {"ui": {"text": [report]}, "result": (load_quantized(path), report)}
+        chart = [{"name": name, "error": layer_error(errors)} for name, errors in done.layers.items()]
+        quantized = load_quantized(path)
+        if not bake_loras:
+            quantized = with_patches_of(quantized, given)
+        return {"ui": {"text": [report], "svdquant_layers": chart}, "result": (quantized, report)}
 
 
 def models_folder() -> str:

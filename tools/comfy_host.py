@@ -283,6 +283,10 @@ class ComfyHost:
         files = {"image": (name, data.getvalue(), "image/png")}
         return self._request("POST", "/upload/image", files=files, data={"overwrite": "true"}).json()["name"]
 
+    def set_settings(self, settings: Mapping[str, Any]) -> None:
+        """Change settings of the browser's page."""
+        self._request("POST", "/settings", json=dict(settings))
+
     def interrupt(self) -> None:
         """Stop the graph that runs now."""
         self._request("POST", "/interrupt")

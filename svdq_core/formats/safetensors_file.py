@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -61,10 +62,11 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.specs, self.metadata = _read_header(self.path)
-        try:
-            self._handle = safe_open(self.path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(_damaged(self.path, str(error))) from error
+
+    @cached_property
+    def _handle(self):
+        # Opened with the first tensor: who only looks at the header maps no memory.
+        return safe_open(self.path, framework="pt", device="cpu")
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs

@@ -173,6 +173,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
     recipe: Recipe | None = None,
+    on_layer: Callable[[str, Mapping[str, float]], None] | None = None,
 ) -> Report:
     """Quantize a denoiser and write it in the ``comfy_quant`` convention.
 
@@ -187,6 +188,7 @@ def quantize_checkpoint(
         overwrite: whether an existing file may be replaced.
         device: where to compute.
         recipe: steps other than those ``settings.recipe`` names (for ablations).
+        on_layer: called with the name and the errors of each layer that is done.
 
     Raises:
         SVDQuantError: anything wrong with the input, the calibration or the disk, before anything is
@@ -217,6 +219,8 @@ def quantize_checkpoint(
             for tensor, value in quantized.tensors.items():
                 writer.write(f"{name}.{tensor}", value)
             about["layers"][name] = _errors(quantized)
+            if on_layer is not None:
+                on_layer(name, about["layers"][name])
         writer.metadata[METADATA_KEY] = json.dumps(about)
         report_step(total, total, "finishing the file")
     return Report(

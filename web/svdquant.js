@@ -1,0 +1,29 @@
+/** What the SVDQuant nodes show in the browser. The graph works without: everything here is for the eye. */
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { setUpCompare } from "./compare.js";
+import { setUpInspect } from "./inspect.js";
+import { setUpLoader } from "./loader.js";
+import { setUpLora } from "./lora.js";
+import { addStyles } from "./panel.js";
+import { followQuantizations, setUpQuantize } from "./quantize.js";
+
+const SET_UP = {
+  SVDQuantModelLoader: setUpLoader,
+  SVDQuantQuantizeCheckpoint: setUpQuantize,
+  SVDQuantLoraApply: setUpLora,
+  SVDQuantInspect: setUpInspect,
+  SVDQuantCompare: setUpCompare,
+};
+
+app.registerExtension({
+  name: "SVDQuant",
+  setup() {
+    addStyles();
+    followQuantizations(app, api);
+  },
+  nodeCreated(node) {
+    SET_UP[node.comfyClass]?.(node, api);
+  },
+});
