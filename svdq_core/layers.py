@@ -7,7 +7,8 @@ import torch
 
 from .formats.comfy_quant import LayerSpec
 from .numerics import int4
-from .ops.int4 import linear_int4, quantize_act_int4
+from .ops.cuda import release
+from .ops.int4 import linear_w4a4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class SVDQLinear(torch.nn.Module):
             "delta": self.delta,
         }
 
+    def _apply(self, fn, recurse: bool = True):
+        """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the weight there is freed."""
+        result = super()._apply(fn, recurse)
+        release(self.weight)
+        return result
+
     def set_adapter(self, slot: str, adapter: Adapter | None) -> None:
         """Put an adapter in a named slot (replacing the one there), or empty the slot with None.
 
@@ -114,9 +121,10 @@ class SVDQLinear(torch.nn.Module):
             name: None if tensor is None else tensor.to(x.dtype) for name, tensor in tensors.items() if name != "weight"
         }
         rows = x.reshape(-1, self.in_features).contiguous()
-        quantized = quantize_act_int4(rows, small["smooth_factor"], small["proj_down"], self.act_unsigned)
-        y = linear_int4(
-            *quantized,
+        y = linear_w4a4(
+            rows,
+            small["smooth_factor"],
+            small["proj_down"],
             tensors["weight"],
             small["weight_scale"],
             small["proj_up"],

@@ -122,8 +122,8 @@ class Canvas:
             [node_type, widget],
         )
         field = self.page.locator(f'[data-node-id="{node_id}"] [role=spinbutton]').nth(index)
-        if not field.count():  # a canvas: a double click opens a field
-            self.page.mouse.dblclick(x, y)
+        if not self.page.evaluate("Boolean(app.ui.settings.getSettingValue('Comfy.VueNodes.Enabled'))"):
+            self.page.mouse.dblclick(x, y)  # a canvas: this opens a field
             field = self.page.locator(".graphdialog input")
         field.select_text()
         field.press_sequentially(str(value))

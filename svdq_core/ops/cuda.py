@@ -84,6 +84,13 @@ def register() -> None:
         _library.impl(name, operator.__call__)
 
 
+def release(weight: torch.Tensor) -> None:
+    """Free what a device made of a layer's ``weight`` for its kernels; it is made again when needed."""
+    from ..kernels import hopper
+
+    hopper.forget(weight)
+
+
 @lru_cache(maxsize=256)
 def _runs(index: int, dtype: torch.dtype) -> bool:
     """Whether the compiled kernels take operands of this type on this device."""

@@ -28,3 +28,21 @@ def test_a_layer_on_the_gpu_matches_the_reference(name, dtype, adapted):
     found = layer.cuda()(x.cuda()).cpu().float()
     # Codes at a tie may fall either way; everything else is rounding to 16 bits.
     assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
+
+
+def test_a_layer_that_leaves_the_gpu_takes_all_its_memory_along():
+    name = small_flux.quantized_layers()[0]
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(torch.bfloat16)
+    spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, torch.bfloat16)
+    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
+    layer, x = SVDQLinear(spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16().cuda()
+    layer.cuda()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    first = layer(x)
+    del first
+    layer.cpu()
+    freed = sum(p.nbytes for p in layer.parameters())
+    assert torch.cuda.memory_allocated() <= before - freed
+    assert torch.isfinite(layer.cuda()(x)).all()
