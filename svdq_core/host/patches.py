@@ -16,7 +16,7 @@ from ..lora.fit import fit, recompress
 
 # Kinds of patches whose change of a weight is proportional to the strength and free of the weight.
 _PROPORTIONAL = ("loha", "lokr", "diff")
-_MOST_FITS = 8  # remembered for a weight
+_MOST_FITS = 4  # remembered for a weight
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class AdapterSettings:
 
 
 class AdapterBuilder:
-    """Builds the adapters of one model's layers, and remembers fits: a change of strength repeats none."""
+    """Builds the adapters of one model's layers, and remembers fits: a change of strength repeats none.
+
+    What is remembered lies in main memory: the host accounts for the device's.
+    """
 
     def __init__(self) -> None:
         # By weight, then by what was fitted, the latest last; the tensors' addresses are part of its name.
@@ -66,13 +69,13 @@ class AdapterBuilder:
             settings: of the fits.
 
         Returns:
-            The adapter, or None if the patches change nothing.
+            The adapter, in the layer's own type, or None if the patches change nothing.
         """
         active = [patch for patch in patches if patch[0] != 0 or patch[2] != 1.0]
         parts = [self._additive(layer, key, patch, device, settings) for patch in active]
         if any(part is None for part in parts):
-            parts = [self._remembered(("all", *map(_identity, active), *map(_strength, active)), layer, key, active,
-                                      device, settings)]  # fmt: skip
+            name = ("all", *((patch[0], _identity(patch)) for patch in active))
+            parts = [self._remembered(name, layer, key, active, device, settings)]
         down = torch.cat([layer_zeros(layer.in_features, device), *(part.down for part in parts)], dim=1)
         up = torch.cat([layer_zeros(layer.out_features, device), *(part.up for part in parts)], dim=1)
         deltas = [part.delta for part in parts if part.delta is not None]
@@ -80,16 +83,17 @@ class AdapterBuilder:
             down, up = recompress(down, up, settings.recompress)
         if not deltas and not down.shape[1]:
             return None
-        return Adapter(down, up, delta=sum(deltas) if deltas else None)
+        dtype = layer.spec.dtype
+        return Adapter(down.to(dtype), up.to(dtype), sum(deltas).to(dtype) if deltas else None)
 
     def _additive(self, layer, key, patch, device, settings) -> Adapter | None:
         """A patch's own change, strength included; None where it depends on the weight it changes."""
         strength, adapter, strength_model, _, function = patch
         if strength_model != 1.0 or function is not None:
             return None
-        low_rank = _low_rank(layer, key, patch)
+        low_rank = _low_rank(layer, key, patch, device)
         if low_rank is not None:
-            return Adapter(*(factor.to(device) for factor in low_rank))
+            return Adapter(*low_rank)
         if _kind(adapter) not in _PROPORTIONAL or _decomposes(adapter):
             return None
         at_one = (1.0, *patch[1:])
@@ -98,18 +102,25 @@ class AdapterBuilder:
 
     def _remembered(self, name, layer, key, patches, device, settings, of_zero=False) -> Adapter:
         fits = self._fits[key]
-        signature = (name, settings.error_bound, settings.max_rank, device)
+        signature = (name, settings.error_bound, settings.max_rank)
         if signature not in fits:
             weight = layer.dequantized_weight().to(device)
             base = torch.zeros_like(weight) if of_zero else weight
             original = {key: [(weight.clone(), None)]}
             changed = comfy.lora.calculate_weight(list(patches), base.clone(), key, original_weights=original)
             adapter = fit(changed - base, settings.error_bound, settings.max_rank)
-            fits[signature] = [tensor for patch in patches for tensor in _tensors(patch[1])], adapter
+            # The patches' tensors are kept so that no other ones come to have their addresses.
+            kept = [tensor for patch in patches for tensor in _tensors(patch[1])]
+            fits[signature] = kept, _moved(adapter, torch.device("cpu"))
             if len(fits) > _MOST_FITS:
                 fits.popitem(last=False)
         fits.move_to_end(signature)
-        return fits[signature][1]
+        return _moved(fits[signature][1], device)
+
+
+def _moved(adapter: Adapter, device: torch.device) -> Adapter:
+    delta = None if adapter.delta is None else adapter.delta.to(device)
+    return Adapter(adapter.down.to(device), adapter.up.to(device), delta)
 
 
 def layer_zeros(features: int, device: torch.device) -> torch.Tensor:
@@ -140,10 +151,6 @@ def _identity(patch: tuple) -> tuple:
     return _kind(adapter), tensors, numbers, strength_model, offset, id(function) if function else None
 
 
-def _strength(patch: tuple) -> float:
-    return patch[0]
-
-
 def _decomposes(adapter) -> bool:
     """Whether it is a DoRA of its kind: relative to the norms of the weight it changes."""
     weights = getattr(adapter, "weights", None)
@@ -153,16 +160,18 @@ def _decomposes(adapter) -> bool:
     return dora is not None and len(weights) > dora and weights[dora] is not None
 
 
-def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(K, r) and (N, r) float32 of a plain LoRA; r = 0 if it has no effect; None for other kinds."""
+def _low_rank(
+    layer: SVDQLinear, key: str, patch: tuple, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(K, r) and (N, r) float32 of a plain LoRA; r = 0 if it does not fit; None for other kinds."""
     strength, adapter, _, offset, _ = patch
     if not isinstance(adapter, LoRAAdapter):
         return None
     up, down, alpha, middle, dora_scale, reshape = adapter.weights
     if middle is not None or dora_scale is not None or reshape is not None:
         return None
-    up, down = up.flatten(start_dim=1).float(), down.flatten(start_dim=1).float()
-    rank = down.shape[0]
+    # Moved in the file's own type, half the bytes, and worked on over there.
+    up, down = (factor.flatten(start_dim=1).to(device).float() for factor in (up, down))
     rows, columns = [0, layer.out_features], [0, layer.in_features]
     if offset is not None:  # a slice of a fused layer: q, k or v along N, an input along K
         axis, start, length = offset
@@ -172,16 +181,12 @@ def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> tuple[torch.Tensor, 
             f"SVDQuant: LoRA for {key} was left out: its factors are {tuple(up.shape)} and "
             f"{tuple(down.shape)}, the layer is {layer.out_features} x {layer.in_features}"
         )
-        rank = 0
-    if strength == 0:
-        rank = 0
-    full_up = torch.zeros((layer.out_features, rank))
-    full_down = torch.zeros((layer.in_features, rank))
-    if rank:
-        scale = strength * (1.0 if alpha is None else alpha / rank)
-        full_up[rows[0] : rows[0] + rows[1]] = up * scale
-        full_down[columns[0] : columns[0] + columns[1]] = down.t()
-    return full_down, full_up
+        return layer_zeros(layer.in_features, device), layer_zeros(layer.out_features, device)
+    up, down = up * (strength * (1.0 if alpha is None else alpha / down.shape[0])), down.t()
+    if offset is not None:  # the rest of the layer gets zeros
+        up = torch.nn.functional.pad(up, (0, 0, rows[0], layer.out_features - sum(rows)))
+        down = torch.nn.functional.pad(down, (0, 0, columns[0], layer.in_features - sum(columns)))
+    return down, up
 
 
 def fits_layer(layer: SVDQLinear, patch: tuple) -> bool:
