@@ -15,6 +15,7 @@ from ..svdq_core.host.source import ModelSource, with_patches_of, without_patche
 from ..svdq_core.quantizer.pipeline import (
     DEFAULT_RANK,
     MAX_RANK,
+    MODULATIONS,
     PRECISIONS,
     Settings,
     check_output,
@@ -62,7 +63,12 @@ class SVDQuantQuantizeCheckpoint:
                 ),
                 "precision": (
                     list(PRECISIONS),
-                    {"tooltip": "int4: 4-bit weights and activations, for Turing GPUs and later."},
+                    {
+                        "tooltip": "Of the layers that do the work. int4, nvfp4: weights and activations in 4 bits. "
+                        "int8: both in 8, nearly lossless. nf4: weights only, without calibration or low-rank "
+                        "branch, to compare with. Every file runs on every card; nvfp4 is fastest on Blackwell, "
+                        "int4 before it."
+                    },
                 ),
                 "recipe": (
                     list(RECIPES),
@@ -165,6 +171,15 @@ class SVDQuantQuantizeCheckpoint:
                         "of the model alone, and the LoRAs act on the returned model as on the given one.",
                     },
                 ),
+                "modulations": (
+                    list(MODULATIONS),
+                    {
+                        "default": "awq_w4a16",
+                        "advanced": True,
+                        "tooltip": "Of FLUX's modulation layers, a quarter of its weights. awq_w4a16: 4-bit "
+                        "weights. 16bit: as they are, a larger file that is a little closer to 16 bits.",
+                    },
+                ),
             },
         }
 
@@ -187,16 +202,17 @@ class SVDQuantQuantizeCheckpoint:
         latent=None,
         save_calibration=False,
         bake_loras=True,
+        modulations="awq_w4a16",
     ):
         path = output_path(models_folder(), file_name)
         given = model
         if not bake_loras:
             model = without_patches(model)
-        settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed)
+        settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed, modulations)
         planned = plan(ModelSource(model), settings)
         check_output(path, planned, overwrite)
 
-        calibrates = RECIPES[recipe].calibrates
+        calibrates = planned.calibrates(RECIPES[recipe])
         if calibrates:
             _check_calibration_inputs(recipe, cfg, positive, negative, latent)
         progress = QuantizationProgress(planned, steps * len(positive) if calibrates else 0)

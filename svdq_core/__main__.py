@@ -11,6 +11,7 @@ from .doctor import diagnose
 from .errors import SVDQuantError
 from .quantizer.pipeline import (
     DEFAULT_RANK,
+    MODULATIONS,
     PRECISIONS,
     FileSource,
     Settings,
@@ -39,10 +40,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m svdq_core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    quantize = commands.add_parser("quantize", help="make a 4-bit checkpoint of a 16-bit one")
+    quantize = commands.add_parser("quantize", help="make a 4-bit (or 8-bit) checkpoint of a 16-bit one")
     quantize.add_argument("source", help="16-bit .safetensors checkpoint, ComfyUI's key names")
     quantize.add_argument("output", help="the file to write")
-    quantize.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    quantize.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="int4",
+        help="int4, nvfp4: weights and activations in 4 bits; int8: both in 8; nf4: weights only (default: int4)",
+    )
+    quantize.add_argument(
+        "--modulations",
+        choices=MODULATIONS,
+        default="awq_w4a16",
+        help="of the modulation layers: 4-bit weights, or as they are (default: awq_w4a16)",
+    )
     quantize.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -74,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(options: argparse.Namespace) -> None:
     calibration = Calibration.load(options.calibration) if options.calibration else None
     recipe = options.recipe or ("balanced" if calibration else "fast")
-    settings = Settings(options.precision, recipe, options.rank, tuple(options.skip), options.seed)
+    settings = Settings(options.precision, recipe, options.rank, tuple(options.skip), options.seed, options.modulations)
     source = FileSource(options.source)
     with tqdm(unit="tensor") as bar:
 

@@ -1,14 +1,20 @@
 """The quantized linear layer, free of any host."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from .formats import comfy_quant
 from .formats.comfy_quant import LayerSpec
-from .numerics import int4
+from .numerics import awq, int4, int8, nf4, nvfp4
+from .ops.awq import linear_awq_w4a16
 from .ops.cuda import release
 from .ops.int4 import linear_w4a4
+from .ops.int8 import linear_int8
+from .ops.nf4 import linear_nf4
+from .ops.nvfp4 import linear_nvfp4
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,106 @@ class Adapter:
     delta: torch.Tensor | None = None
 
 
+class _Arithmetic(ABC):
+    """What one format means: the weight that its tensors stand for, and the operator that multiplies by it.
+
+    Both are given the layer's tensors by name, as :meth:`SVDQLinear.active_tensors` has them.
+    """
+
+    @staticmethod
+    @abstractmethod
+    def weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(N, K) float32: the quantized weight, smoothed where the format smooths."""
+
+    @staticmethod
+    @abstractmethod
+    def linear(x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], act_unsigned: bool) -> torch.Tensor:
+        """(M, K) -> (M, N), low-rank branch (where the format has one) and bias included."""
+
+
+class _Int4(_Arithmetic):
+    @staticmethod
+    def weight(tensors):
+        return int4.dequantize(int4.unpack(tensors["weight"]), tensors["weight_scale"].t())
+
+    @staticmethod
+    def linear(x, tensors, act_unsigned):
+        names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
+        return linear_w4a4(x, *(tensors[name] for name in names), act_unsigned)
+
+
+class _NVFP4(_Arithmetic):
+    @staticmethod
+    def weight(tensors):
+        weight = nvfp4.dequantize(int4.unpack(tensors["weight"], unsigned=True), tensors["weight_scale"].t())
+        weight *= tensors["weight_tensor_scale"]
+        channel_scale = tensors.get("weight_channel_scale")
+        return weight if channel_scale is None else weight * channel_scale.float()[:, None]
+
+    @staticmethod
+    def linear(x, tensors, act_unsigned):
+        return linear_nvfp4(
+            x,
+            tensors["smooth_factor"],
+            tensors["proj_down"],
+            tensors["weight"],
+            tensors["weight_scale"],
+            tensors["weight_tensor_scale"],
+            tensors.get("weight_channel_scale"),
+            tensors["proj_up"],
+            tensors["bias"],
+        )
+
+
+class _Int8(_Arithmetic):
+    @staticmethod
+    def weight(tensors):
+        return int8.dequantize(tensors["weight"], tensors["weight_scale"][:, None])
+
+    @staticmethod
+    def linear(x, tensors, act_unsigned):
+        names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
+        return linear_int8(x, *(tensors[name] for name in names))
+
+
+class _AWQ(_Arithmetic):
+    @staticmethod
+    def weight(tensors):
+        codes = int4.unpack(tensors["weight"], unsigned=True)
+        return awq.dequantize(codes, tensors["weight_scale"].t(), tensors["weight_zero"].t())
+
+    @staticmethod
+    def linear(x, tensors, act_unsigned):
+        names = ("weight", "weight_scale", "weight_zero", "bias")
+        return linear_awq_w4a16(x, *(tensors[name] for name in names))
+
+
+class _NF4(_Arithmetic):
+    @staticmethod
+    def weight(tensors):
+        return nf4.dequantize(int4.unpack(tensors["weight"], unsigned=True), tensors["weight_scale"].t())
+
+    @staticmethod
+    def linear(x, tensors, act_unsigned):
+        return linear_nf4(x, tensors["weight"], tensors["weight_scale"], tensors["bias"])
+
+
+_ARITHMETIC: Mapping[str, type[_Arithmetic]] = {
+    comfy_quant.SVDQUANT_W4A4: _Int4,
+    comfy_quant.SVDQUANT_NVFP4: _NVFP4,
+    comfy_quant.SVDQUANT_W8A8: _Int8,
+    comfy_quant.AWQ_W4A16: _AWQ,
+    comfy_quant.NF4_W4A16: _NF4,
+}
+
+
 class SVDQLinear(torch.nn.Module):
-    """``y = x Wᵀ + b`` with 4-bit weights and activations and a 16-bit low-rank branch.
+    """``y = x Wᵀ + b`` with a quantized weight, and a 16-bit low-rank branch in the formats that have one.
 
     SVDQuant, arXiv 2411.05007, section 4.2. The parameters have the names and shapes of the file
     (``svdq_core.formats.comfy_quant``) and are never changed: adapters are kept beside them, as an
-    extended copy of the low-rank branch, so taking an adapter off gives back the very same bytes.
+    extended copy of the low-rank branch (a branch of their own in a weight-only format), so taking an
+    adapter off gives back the very same bytes.
 
     Args:
         spec: shapes and format.
@@ -45,6 +145,7 @@ class SVDQLinear(torch.nn.Module):
         self.out_features = spec.out_features
         self.rank = spec.rank
         self.act_unsigned = spec.act_unsigned
+        self._arithmetic = _ARITHMETIC[spec.format]
         for name in spec.tensors:
             parameter = torch.nn.Parameter(tensors[name], requires_grad=False)
             self.register_parameter(name, parameter)
@@ -59,21 +160,20 @@ class SVDQLinear(torch.nn.Module):
         return self._evaluate(x, self.active_tensors())
 
     def active_tensors(self) -> dict[str, torch.Tensor | None]:
-        """The tensors the next call computes with, adapters included."""
-        return {
-            "weight": self.weight,
-            "weight_scale": self.weight_scale,
-            "smooth_factor": self.smooth_factor,
-            "proj_down": self.proj_down if self.adapted_down is None else self.adapted_down,
-            "proj_up": self.proj_up if self.adapted_up is None else self.adapted_up,
-            "bias": self.bias,
-            "delta": self.delta,
-        }
+        """The tensors the next call computes with, adapters included.
+
+        Those of the file by their names there, and ``delta``. ``proj_down`` and ``proj_up`` hold the adapters' rank
+        too, and are None in a weight-only layer without adapters; ``bias`` and ``delta`` are None if there is none.
+        """
+        tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | dict(self.named_parameters(recurse=False))
+        if self.adapted_down is not None:
+            tensors |= {"proj_down": self.adapted_down, "proj_up": self.adapted_up}
+        return tensors | {"delta": self.delta}
 
     def _apply(self, fn, recurse: bool = True):
-        """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the weight there is freed."""
+        """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the tensors there is freed."""
         result = super()._apply(fn, recurse)
-        release(self.weight)
+        release((*self.parameters(), *self.buffers()))
         return result
 
     def set_adapter(self, slot: str, adapter: Adapter | None) -> None:
@@ -87,21 +187,22 @@ class SVDQLinear(torch.nn.Module):
         else:
             self._adapters[slot] = adapter
         adapters = [self._adapters[name] for name in sorted(self._adapters)]
-        downs = [a.down for a in adapters if a.down.shape[1]]
-        ups = [a.up for a in adapters if a.up.shape[1]]
-        self.adapted_down = self._extended(self.proj_down, downs)
-        self.adapted_up = self._extended(self.proj_up, ups)
-        deltas = [a.delta.to(self.proj_up.device) for a in adapters if a.delta is not None]
-        self.delta = sum(deltas).to(self.proj_up.dtype) if deltas else None
+        self.adapted_down = self._extended("proj_down", [a.down for a in adapters if a.down.shape[1]])
+        self.adapted_up = self._extended("proj_up", [a.up for a in adapters if a.up.shape[1]])
+        deltas = [a.delta.to(self.weight.device) for a in adapters if a.delta is not None]
+        self.delta = sum(deltas).to(self.spec.dtype) if deltas else None
 
     def dequantized_weight(self) -> torch.Tensor:
         """(N, K) float32: the weight that this layer stands for, adapters left out."""
+        if not self.spec.layout.low_rank:
+            return self._residual()
         return self._residual() + self.proj_up.float() @ self.proj_down.float().t()
 
     def adapted_weight(self) -> torch.Tensor:
         """(N, K) float32: the weight that this layer stands for, adapters included."""
-        active = self.active_tensors()
-        weight = self._residual() + active["proj_up"].float() @ active["proj_down"].float().t()
+        active, weight = self.active_tensors(), self._residual()
+        if active["proj_up"] is not None:
+            weight += active["proj_up"].float() @ active["proj_down"].float().t()
         return weight if self.delta is None else weight + self.delta.float()
 
     def bias_shift(self) -> torch.Tensor | float:
@@ -111,42 +212,38 @@ class SVDQLinear(torch.nn.Module):
         return -int4.GELU_SHIFT * self._residual().sum(dim=1)
 
     def _residual(self) -> torch.Tensor:
-        """(N, K) float32: the 4-bit part of the weight, smoothing undone."""
-        codes = int4.unpack(self.weight)
-        return int4.dequantize(codes, self.weight_scale.t()) / self.smooth_factor.float()
+        """(N, K) float32: the quantized part of the weight, smoothing undone."""
+        weight = self._arithmetic.weight(dict(self.named_parameters(recurse=False)))
+        return weight / self.smooth_factor.float() if self.spec.layout.low_rank else weight
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
-        small = {
-            name: None if tensor is None else tensor.to(x.dtype) for name, tensor in tensors.items() if name != "weight"
+        cast = {
+            name: tensor if tensor is None or self.spec.keeps_dtype(name) else tensor.to(x.dtype)
+            for name, tensor in tensors.items()
         }
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = linear_w4a4(
-            rows,
-            small["smooth_factor"],
-            small["proj_down"],
-            tensors["weight"],
-            small["weight_scale"],
-            small["proj_up"],
-            small["bias"],
-            self.act_unsigned,
-        )
-        if small["delta"] is not None:
-            y = y + torch.nn.functional.linear(rows, small["delta"])
+        y = self._arithmetic.linear(rows, cast, self.act_unsigned)
+        if not self.spec.layout.low_rank and cast["proj_up"] is not None:
+            y = y + rows @ cast["proj_down"] @ cast["proj_up"].t()
+        if cast["delta"] is not None:
+            y = y + torch.nn.functional.linear(rows, cast["delta"])
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _extended(self, base: torch.Tensor, extra: list[torch.Tensor]) -> torch.Tensor | None:
+    def _extended(self, branch: str, extra: list[torch.Tensor]) -> torch.Tensor | None:
         if not extra:
             return None
-        extended = torch.cat([base, *(tensor.to(base) for tensor in extra)], dim=1)
+        base = [getattr(self, branch)] if self.spec.layout.low_rank else []
+        extra = [tensor.to(self.weight.device, self.spec.dtype) for tensor in extra]
+        rank = sum(tensor.shape[1] for tensor in (*base, *extra))
         # Kernels multiply ranks in sixteens; padding once here saves a copy at every call.
-        return torch.nn.functional.pad(extended, (0, -extended.shape[1] % 16))
+        padding = extra[0].new_zeros((extra[0].shape[0], -rank % 16))
+        return torch.cat([*base, *extra, padding], dim=1)
 
     def extra_repr(self) -> str:
-        """Shape and rank, for ``print(model)``."""
+        """Shape, format and rank, for ``print(model)``."""
         extra = 0 if self.adapted_down is None else self.adapted_down.shape[1] - self.rank
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-            + (f"+{extra}" if extra else "")
-            + (", act_unsigned=True" if self.act_unsigned else "")
+            f"in_features={self.in_features}, out_features={self.out_features}, format={self.spec.format}, "
+            f"rank={self.rank}" + (f"+{extra}" if extra else "") + (", act_unsigned=True" if self.act_unsigned else "")
         )

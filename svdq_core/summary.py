@@ -136,7 +136,7 @@ def summarize_model(model: torch.nn.Module, title: str, about: Mapping[str, obje
                 name=name,
                 format=module.spec.format,
                 shape=(module.out_features, module.in_features),
-                rank=module.active_tensors()["proj_up"].shape[1],
+                rank=_rank(module),
                 nbytes=nbytes,
                 nbytes_16bit=module.spec.nbytes_16bit,
                 errors=errors.get(name, {}),
@@ -152,11 +152,17 @@ def _summarize_16bit(path) -> Summary:
     layers, other = [], 0
     for key, spec in specs.items():
         name = key.removeprefix(prefix).removesuffix(".weight")
-        if key.endswith(".weight") and architecture.quantizes(name):
+        if key.endswith(".weight") and architecture.kind(name):
             layers.append(LayerSummary(name, "16-bit", tuple(spec.shape), 0, spec.nbytes, spec.nbytes))
         else:
             other += spec.nbytes
     return Summary(str(path), architecture.name, tuple(layers), other, {})
+
+
+def _rank(layer: SVDQLinear) -> int:
+    """Of the low-rank branch, adapters included."""
+    up = layer.active_tensors()["proj_up"]
+    return 0 if up is None else up.shape[1]
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:

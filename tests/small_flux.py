@@ -24,8 +24,18 @@ def layer_shapes() -> dict[str, tuple[int, int]]:
 
 
 def quantized_layers() -> list[str]:
-    """Names of the layers that are quantized: all of the blocks but the modulations."""
+    """Names of the layers that are quantized."""
+    return [*body_layers(), *modulations()]
+
+
+def body_layers() -> list[str]:
+    """Names of the layers that every token goes through."""
     return [name for name in layer_shapes() if "mod" not in name]
+
+
+def modulations() -> list[str]:
+    """Names of the modulation layers."""
+    return [name for name in layer_shapes() if "mod" in name]
 
 
 def state_dict(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -49,7 +59,7 @@ def state_dict(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, 
     tensors = {}
     for name, (n, k) in (ends | layer_shapes()).items():
         weight = normal(n, k)
-        if name in quantized_layers():
+        if name in body_layers():
             weight += normal(n, 4) @ normal(4, k)
         tensors[f"{name}.weight"] = weight * k**-0.5
         tensors[f"{name}.bias"] = 0.05 * normal(n)

@@ -1,20 +1,9 @@
 """The ``comfy_quant`` convention: how a quantized layer lies in a safetensors file.
 
-Published by Comfy-Org (comfy-quants, ``docs/formats/svdquant_w4a4_kitchen_tilepack.md``). A layer is a
-family of tensors under the host's module name, among them ``<layer>.comfy_quant``, a JSON text in a
-uint8 tensor that names the format. N = out_features, K = in_features, r = rank; "16" is bf16 or fp16:
-
-    ===============  ===========  =====  ==============================================
-    ``weight``        (N, K / 2)   int8   signed 4-bit codes, low nibble = even column
-    ``weight_scale``  (K / 64, N)  16     per group of 64 along K
-    ``smooth_factor`` (K,)         16     the activation is divided by it
-    ``proj_down``     (K, r)       16     acts on the unsmoothed activation
-    ``proj_up``       (N, r)       16
-    ``bias``          (N,)         16     optional
-    ===============  ===========  =====  ==============================================
-
-With ``"act_unsigned": true`` the activation is quantized as ``x + 0.171875`` to [0, 15] and the bias
-already holds the correction for the shift.
+A layer is a family of tensors under the host's module name, among them ``<layer>.comfy_quant``, a JSON
+text in a uint8 tensor that names the format; layers of one file may have different ones. ``LAYOUTS`` says
+which tensors each format has, ``docs/formats.md`` what they mean. ``svdquant_w4a4`` and ``awq_w4a16`` are
+published by Comfy-Org (comfy-quants, ``docs/formats``); the others follow their example.
 """
 
 import json
@@ -25,16 +14,57 @@ from os import PathLike
 import torch
 
 from ..errors import CheckpointError
-from ..numerics.int4 import GROUP_SIZE
+from ..numerics import awq, int4, nf4, nvfp4
 from .safetensors_file import SafetensorsFile, TensorSpec
 
 SVDQUANT_W4A4 = "svdquant_w4a4"
-KNOWN_FORMATS = (SVDQUANT_W4A4,)
+SVDQUANT_NVFP4 = "svdquant_nvfp4"
+SVDQUANT_W8A8 = "svdquant_w8a8"
+AWQ_W4A16 = "awq_w4a16"
+NF4_W4A16 = "nf4_w4a16"
 METADATA_KEY = "svdquant"
+K_MULTIPLE = 64  # in every format: kernels read K in such blocks
 
 _CONFIG = ".comfy_quant"
 _TILE_PACKED = "kitchen_tile_packed_w4a4"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_CHANNEL_SCALE = "weight_channel_scale"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format keeps the weight.
+
+    Attributes:
+        codes_per_byte: of ``weight``, an int8 tensor (N, K / codes_per_byte).
+        scales: further tensors of the weight: their axes ("G" for groups along K, "N") and type, None for
+            the layer's 16-bit type.
+        group_size: along K; 0 if the format has no groups.
+        low_rank: whether the layer has ``smooth_factor`` (K,), ``proj_down`` (K, r) and ``proj_up`` (N, r).
+        states_group_size: whether ``comfy_quant`` says it.
+    """
+
+    codes_per_byte: int
+    scales: Mapping[str, tuple[str, torch.dtype | None]]
+    group_size: int = 0
+    low_rank: bool = False
+    states_group_size: bool = False
+
+
+LAYOUTS = {
+    SVDQUANT_W4A4: Layout(2, {"weight_scale": ("GN", None)}, int4.GROUP_SIZE, low_rank=True),
+    SVDQUANT_NVFP4: Layout(
+        2,
+        {"weight_scale": ("GN", nvfp4.SCALE_DTYPE), "weight_tensor_scale": ("", torch.float32)},
+        nvfp4.GROUP_SIZE,
+        low_rank=True,
+    ),
+    SVDQUANT_W8A8: Layout(1, {"weight_scale": ("N", torch.float32)}, low_rank=True),
+    AWQ_W4A16: Layout(
+        2, {"weight_scale": ("GN", None), "weight_zero": ("GN", None)}, awq.GROUP_SIZE, states_group_size=True
+    ),
+    NF4_W4A16: Layout(2, {"weight_scale": ("GN", torch.float32)}, nf4.GROUP_SIZE),
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +77,21 @@ class LayerSpec:
     in_features: int
     rank: int
     bias: bool
-    dtype: torch.dtype  # of the scales, the smoothing and the low-rank branch
+    dtype: torch.dtype  # of the smoothing, the low-rank branch, the bias, and the scales of some formats
     act_unsigned: bool = False
+    channel_scale: bool = False  # svdquant_nvfp4: has the optional weight_channel_scale
+
+    @property
+    def layout(self) -> Layout:
+        """How the format keeps the weight."""
+        return LAYOUTS[self.format]
 
     @property
     def config(self) -> torch.Tensor:
         """The ``comfy_quant`` tensor."""
         entries: dict[str, object] = {"format": self.format}
+        if self.layout.states_group_size:
+            entries["group_size"] = self.layout.group_size
         if self.act_unsigned:
             entries["act_unsigned"] = True
         return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
@@ -62,16 +100,23 @@ class LayerSpec:
     def tensors(self) -> dict[str, TensorSpec]:
         """The layer's tensors by their name inside the layer, ``comfy_quant`` left out."""
         n, k, r = self.out_features, self.in_features, self.rank
-        specs = {
-            "weight": TensorSpec((n, k // 2), torch.int8),
-            "weight_scale": TensorSpec((k // GROUP_SIZE, n), self.dtype),
-            "smooth_factor": TensorSpec((k,), self.dtype),
-            "proj_down": TensorSpec((k, r), self.dtype),
-            "proj_up": TensorSpec((n, r), self.dtype),
-        }
+        size = {"N": n, "G": k // (self.layout.group_size or k)}
+        specs = {"weight": TensorSpec((n, k // self.layout.codes_per_byte), torch.int8)}
+        for name, (axes, dtype) in self.layout.scales.items():
+            specs[name] = TensorSpec(tuple(size[axis] for axis in axes), dtype or self.dtype)
+        if self.channel_scale:
+            specs[_CHANNEL_SCALE] = TensorSpec((n,), self.dtype)
+        if self.layout.low_rank:
+            specs["smooth_factor"] = TensorSpec((k,), self.dtype)
+            specs["proj_down"] = TensorSpec((k, r), self.dtype)
+            specs["proj_up"] = TensorSpec((n, r), self.dtype)
         if self.bias:
             specs["bias"] = TensorSpec((n,), self.dtype)
         return specs
+
+    def keeps_dtype(self, tensor: str) -> bool:
+        """Whether a tensor's type is the format's, not the model's: it is never cast."""
+        return tensor == "weight" or self.layout.scales.get(tensor, ("", None))[1] is not None
 
     @property
     def nbytes(self) -> int:
@@ -126,32 +171,43 @@ class QuantizedCheckpoint:
 
     def _read_layer(self, name: str) -> LayerSpec:
         config = self._read_config(name)
-        weight, scale = self._spec(name, "weight"), self._spec(name, "weight_scale")
-        down, up = self._spec(name, "proj_down"), self._spec(name, "proj_up")
-        tiled = config.get("layout") == _TILE_PACKED
+        layout = LAYOUTS[config["format"]]
+        weight = self._spec(name, "weight")
+        low_rank = {key: self._spec(name, key) for key in ("smooth_factor", "proj_down", "proj_up") if layout.low_rank}
+        tiled = config["format"] == SVDQUANT_W4A4 and config.get("layout") == _TILE_PACKED
         try:
             if tiled:
                 out_features = weight.shape[0] * weight.shape[2] * 4
-                in_features = weight.shape[1] * GROUP_SIZE
+                in_features = weight.shape[1] * int4.GROUP_SIZE
             else:
-                out_features, in_features = weight.shape[0], weight.shape[1] * 2
+                out_features, in_features = weight.shape[0], weight.shape[1] * layout.codes_per_byte
             layer = LayerSpec(
                 name=name,
                 format=config["format"],
                 out_features=out_features,
                 in_features=in_features,
-                rank=down.shape[1],
+                rank=low_rank["proj_down"].shape[1] if layout.low_rank else 0,
                 bias=f"{name}.bias" in self.file,
-                dtype=scale.dtype,
+                dtype=self._dtype(name, layout),
                 act_unsigned=bool(config.get("act_unsigned", False)),
+                channel_scale=config["format"] == SVDQUANT_NVFP4 and f"{name}.{_CHANNEL_SCALE}" in self.file,
             )
         except IndexError as error:
+            shapes = ", ".join(f"{key} {spec.shape}" for key, spec in {"weight": weight, **low_rank}.items())
             raise CheckpointError(
-                f"{self.path}: layer {name} has tensors of shapes {weight.shape}, {down.shape}, "
-                f"{up.shape}, which are not those of a {config['format']} layer"
+                f"{self.path}: layer {name} has tensors of shapes {shapes}, which are not those of a "
+                f"{config['format']} layer"
             ) from error
         self._check_shapes(layer, tiled)
         return layer
+
+    def _dtype(self, name: str, layout: Layout) -> torch.dtype:
+        """The 16-bit type of a layer: of the first tensor that has it."""
+        halves = [key for key, (_, dtype) in layout.scales.items() if dtype is None]
+        for key in (*halves, "smooth_factor", "bias"):
+            if f"{name}.{key}" in self.file:
+                return self.file.specs[f"{name}.{key}"].dtype
+        return torch.bfloat16
 
     def _read_config(self, name: str) -> Mapping[str, object]:
         try:
@@ -161,11 +217,16 @@ class QuantizedCheckpoint:
             raise CheckpointError(
                 f"{self.path}: layer {name} has a comfy_quant entry that cannot be read ({error!r})"
             ) from error
-        if format_name not in KNOWN_FORMATS:
+        if str(format_name) not in LAYOUTS:
             raise CheckpointError(
                 f"{self.path}: layer {name} has the format {format_name!r}; this version reads "
-                f"{', '.join(KNOWN_FORMATS)}. Update ComfyUI-SVDQuant, or load the file with the "
-                "tool that made it."
+                f"{', '.join(LAYOUTS)}. Update ComfyUI-SVDQuant, or load the file with the tool that made it."
+            )
+        group = LAYOUTS[format_name].group_size
+        if config.get("group_size", group) != group:
+            raise CheckpointError(
+                f"{self.path}: layer {name} has groups of {config['group_size']!r}; this version reads "
+                f"{format_name} in groups of {group}"
             )
         return config
 
@@ -178,14 +239,14 @@ class QuantizedCheckpoint:
             ) from None
 
     def _check_shapes(self, layer: LayerSpec, tiled: bool) -> None:
-        if layer.in_features % GROUP_SIZE or not layer.in_features:
+        if layer.in_features % K_MULTIPLE or not layer.in_features:
             raise CheckpointError(
-                f"{self.path}: layer {layer.name} has K = {layer.in_features}, which is not a multiple of {GROUP_SIZE}"
+                f"{self.path}: layer {layer.name} has K = {layer.in_features}, which is not a multiple of {K_MULTIPLE}"
             )
         for tensor, expected in layer.tensors.items():
             found = self._spec(layer.name, tensor)
             shape = _tiled_shape(tensor, expected.shape) if tiled else expected.shape
-            floats = expected.dtype in _FLOATS
+            floats = not layer.keeps_dtype(tensor)
             if found.shape != shape or (found.dtype not in _FLOATS if floats else found.dtype != expected.dtype):
                 raise CheckpointError(
                     f"{self.path}: layer {layer.name}: {tensor} is {found.shape} {found.dtype}, "
@@ -204,7 +265,7 @@ def _tiled_shape(tensor: str, natural: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a tensor in Comfy-Org's tile-packed layout: N is cut in tiles of 128."""
     if tensor == "weight":
         n, half_k = natural
-        return (n // 128, half_k * 2 // GROUP_SIZE, 32, 128)
+        return (n // 128, half_k * 2 // int4.GROUP_SIZE, 32, 128)
     if tensor == "weight_scale":
         groups, n = natural
         return (n // 128, groups, 128)

@@ -22,9 +22,10 @@ def badge(name: str) -> dict:
 
     Returns:
         ``error`` alone if the file cannot be used, and why; else ``family``, ``quantized``, ``formats``
-        (layers by format), ``ranks``, ``recipe``, ``file_bytes``, ``needed_bytes`` (weights and the host's
-        reserve for activations), ``free_bytes`` and ``total_bytes`` of ``device``, ``compiled_kernels``,
-        ``kernels`` (a sentence) and ``warnings`` (sentences).
+        (layers by format), ``ranks`` (of the layers with a low-rank branch; 0 if none has), ``recipe``,
+        ``file_bytes``, ``needed_bytes`` (weights and the host's reserve for activations), ``free_bytes``
+        and ``total_bytes`` of ``device``, ``compiled_kernels``, ``kernels`` (a sentence) and ``warnings``
+        (sentences).
 
     Raises:
         LookupError: the host lists no such file.
@@ -59,7 +60,7 @@ def _on_this_machine(summary: Summary, file_bytes: int) -> dict:
     total = int(comfy.model_management.get_total_memory(device))
     compiled, kernels = status(device)
     formats = [layer.format for layer in summary.layers]
-    ranks = sorted({layer.rank for layer in summary.layers})
+    ranks = sorted({layer.rank for layer in summary.layers if layer.rank} or {0})
     return {
         "error": None,
         "family": summary.architecture,

@@ -1,6 +1,7 @@
 """From a quantized file to a MODEL of the host."""
 
 import inspect
+from dataclasses import replace
 from os import PathLike
 
 import comfy.sd
@@ -74,7 +75,8 @@ def _replace(checkpoint, name, diffusion_model, compute) -> None:
         )
     tensors = checkpoint.read_layer(name)
     if compute in (torch.bfloat16, torch.float16):
-        tensors = {key: tensor.to(compute) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+        tensors = {key: tensor if spec.keeps_dtype(key) else tensor.to(compute) for key, tensor in tensors.items()}
+        spec = replace(spec, dtype=compute)
     setattr(diffusion_model.get_submodule(parent), child, QuantizedLinear(spec, tensors))
 
 

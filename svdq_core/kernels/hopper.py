@@ -189,9 +189,10 @@ def memory(weight: torch.Tensor) -> int:
     return 0 if found is None else found[1].nbytes
 
 
-def forget(weight: torch.Tensor) -> None:
-    """Free a weight's image, e.g. because the layer leaves the device."""
-    _weights.pop(weight, None)
+def forget(tensor: torch.Tensor) -> None:
+    """Free the image of a weight or of a ``proj_up``, e.g. because the layer leaves the device."""
+    _weights.pop(tensor, None)
+    _ups.pop(tensor, None)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int]:

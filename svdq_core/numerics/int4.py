@@ -77,21 +77,6 @@ def quantize_groups(values: torch.Tensor, unsigned: bool = False) -> tuple[torch
     return codes.to(torch.int8).flatten(-2), torch.where(inverse > 0, scale, 0.0)
 
 
-def quantize_to_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Signed codes nearest to ``values`` for scales that are already fixed (and perhaps rounded).
-
-    Args:
-        values: (N, K) float32.
-        scale: (N, K / 64) float32; where it is 0 the codes are 0.
-
-    Returns:
-        (N, K) int8 codes in [-7, 7].
-    """
-    groups = values.unflatten(-1, (-1, GROUP_SIZE))
-    steps = torch.where(scale.unsqueeze(-1) > 0, groups / scale.unsqueeze(-1), 0.0)
-    return steps.round().clamp(-SIGNED_MAX, SIGNED_MAX).to(torch.int8).flatten(-2)
-
-
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Codes times their group's scale.
 

@@ -5,8 +5,8 @@ and a fake kernel, so ``torch.compile`` and CUDA graphs see through it. Device k
 themselves on top (``svdq_core.ops.cuda``).
 """
 
-from . import cuda, fused, int4
+from . import awq, cuda, fused, int4, int8, nf4, nvfp4
 
 cuda.register()
 
-__all__ = ["cuda", "fused", "int4"]
+__all__ = ["awq", "cuda", "fused", "int4", "int8", "nf4", "nvfp4"]

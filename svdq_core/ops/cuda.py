@@ -7,7 +7,7 @@ the reference takes, a call falls through to the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -84,11 +84,12 @@ def register() -> None:
         _library.impl(name, operator.__call__)
 
 
-def release(weight: torch.Tensor) -> None:
-    """Free what a device made of a layer's ``weight`` for its kernels; it is made again when needed."""
+def release(tensors: Iterable[torch.Tensor]) -> None:
+    """Free what a device made of a layer's tensors for its kernels; it is made again when needed."""
     from ..kernels import hopper
 
-    hopper.forget(weight)
+    for tensor in tensors:
+        hopper.forget(tensor)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""A whole checkpoint from 16 to 4 bits, layer by layer: no step holds the 16-bit model in memory."""
+"""A whole checkpoint from 16 to 4 (or 8) bits, layer by layer: no step holds the 16-bit model in memory."""
 
 import contextlib
 import fnmatch
@@ -13,9 +13,18 @@ from typing import Protocol
 import torch
 
 from .. import __version__
-from ..architectures import Architecture, detect
+from ..architectures import MODULATION, Architecture, detect
 from ..errors import CheckpointError, LayerError, SVDQuantError
-from ..formats.comfy_quant import METADATA_KEY, SVDQUANT_W4A4, LayerSpec
+from ..formats.comfy_quant import (
+    AWQ_W4A16,
+    LAYOUTS,
+    METADATA_KEY,
+    NF4_W4A16,
+    SVDQUANT_NVFP4,
+    SVDQUANT_W4A4,
+    SVDQUANT_W8A8,
+    LayerSpec,
+)
 from ..formats.safetensors_file import (
     SafetensorsFile,
     SafetensorsWriter,
@@ -25,7 +34,9 @@ from ..formats.safetensors_file import (
 from .recipes import RECIPES, QuantizedLayer, Recipe, check_width, quantize_layer
 from .statistics import Calibration
 
-PRECISIONS = ("int4",)
+# What a user picks for the body and for the modulations, and the format that it means; None leaves 16 bits.
+PRECISIONS = {"int4": SVDQUANT_W4A4, "nvfp4": SVDQUANT_NVFP4, "int8": SVDQUANT_W8A8, "nf4": NF4_W4A16}
+MODULATIONS = {"awq_w4a16": AWQ_W4A16, "16bit": None}
 DEFAULT_RANK = 32
 MAX_RANK = 256
 
@@ -70,11 +81,12 @@ class Settings:
     """What a user chooses.
 
     Attributes:
-        precision: of the quantized layers; one of ``PRECISIONS``.
+        precision: of the body's layers; one of ``PRECISIONS``.
         recipe: a name of ``recipes.RECIPES``.
-        rank: of the low-rank branch, 0 to 256.
+        rank: of the low-rank branch, 0 to 256; weight-only formats have none.
         skip: layers to leave in 16 bits: names, or shell patterns (``double_blocks.0.*``).
         seed: of everything random.
+        modulations: precision of the modulation layers; one of ``MODULATIONS``.
     """
 
     precision: str = "int4"
@@ -82,15 +94,25 @@ class Settings:
     rank: int = DEFAULT_RANK
     skip: Sequence[str] = ()
     seed: int = 0
+    modulations: str = "awq_w4a16"
 
     def check(self) -> None:
         """Raise SVDQuantError for a value that makes no sense."""
         if self.precision not in PRECISIONS:
-            raise SVDQuantError(f"precision {self.precision!r} is not one of {PRECISIONS}")
+            raise SVDQuantError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
+        if self.modulations not in MODULATIONS:
+            raise SVDQuantError(f"modulations {self.modulations!r} is not one of {tuple(MODULATIONS)}")
         if self.recipe not in RECIPES:
             raise SVDQuantError(f"recipe {self.recipe!r} is not one of {tuple(RECIPES)}")
         if not 0 <= self.rank <= MAX_RANK:
             raise SVDQuantError(f"rank {self.rank} is not between 0 and {MAX_RANK}")
+
+    def format_of(self, architecture: Architecture, layer: str) -> str | None:
+        """The format that a layer (a module name) gets; None for one that stays in 16 bits."""
+        kind = architecture.kind(layer)
+        if kind is None or any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.skip):
+            return None
+        return MODULATIONS[self.modulations] if kind == MODULATION else PRECISIONS[self.precision]
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,15 @@ class Plan:
         """How many steps :func:`quantize_checkpoint` reports."""
         return len(self.layers) + len(self.plain)
 
+    def calibrates(self, recipe: Recipe) -> bool:
+        """Whether the recipe needs calibration for any of these layers."""
+        return recipe.calibrates and bool(self.smoothed)
+
+    @property
+    def smoothed(self) -> list[str]:
+        """Names of the layers whose smoothing is fitted to their input."""
+        return [name for name, layer in self.layers.items() if layer.layout.low_rank]
+
 
 def plan(source: WeightSource, settings: Settings) -> Plan:
     """Decide what becomes of every tensor, and refuse what cannot work, reading no weight.
@@ -148,12 +179,9 @@ def plan(source: WeightSource, settings: Settings) -> Plan:
     layers, plain = {}, {}
     for key, spec in sorted(source.specs.items()):  # the same order whatever the source
         layer = key.removesuffix(".weight")
-        if (
-            key.endswith(".weight")
-            and architecture.quantizes(layer)
-            and not any(fnmatch.fnmatchcase(layer, pattern) for pattern in settings.skip)
-        ):
-            layers[layer] = _layer_spec(source, layer, architecture, settings.rank, dtype)
+        format_name = settings.format_of(architecture, layer) if key.endswith(".weight") else None
+        if format_name is not None:
+            layers[layer] = _layer_spec(source, layer, format_name, architecture, settings.rank, dtype)
         else:
             stored = dtype if spec.dtype.is_floating_point else spec.dtype
             plain[key] = TensorSpec(spec.shape, stored)
@@ -264,17 +292,18 @@ def _fits_bf16(probe: torch.Tensor) -> bool:
     return bool((probe.to(torch.bfloat16).float() == probe).all())
 
 
-def _layer_spec(source, layer, architecture, rank, dtype) -> LayerSpec:
+def _layer_spec(source, layer, format_name, architecture, rank, dtype) -> LayerSpec:
     shape = source.specs[f"{layer}.weight"].shape
     if len(shape) != 2:
         raise LayerError(f"{source.name}: layer {layer} is {shape}, not a linear layer")
-    unsigned = architecture.input_after_gelu(layer)
+    # E2M1 codes gain nothing from it: their sign is a bit of its own, and they are finest around zero.
+    unsigned = format_name == SVDQUANT_W4A4 and architecture.input_after_gelu(layer)
     spec = LayerSpec(
         name=layer,
-        format=SVDQUANT_W4A4,
+        format=format_name,
         out_features=shape[0],
         in_features=shape[1],
-        rank=rank,
+        rank=rank if LAYOUTS[format_name].low_rank else 0,
         bias=unsigned or f"{layer}.bias" in source.specs,  # the shift's correction needs a bias
         dtype=dtype,
         act_unsigned=unsigned,
@@ -294,11 +323,12 @@ def _naming(source: WeightSource) -> Iterator[None]:
 
 
 def _statistics_for(planned, recipe, settings, calibration) -> Mapping:
-    if not recipe.calibrates:
+    if not planned.calibrates(recipe):
         return {}
     if calibration is None:
         raise SVDQuantError(f"the recipe {settings.recipe!r} needs calibration. Calibrate first, or take 'fast'.")
-    calibration.check(planned.layers)
+    # Weight-only layers do without: files saved before they were quantized serve on.
+    calibration.check(name for name in planned.layers if name in calibration.layers or name in planned.smoothed)
     return calibration.layers
 
 
@@ -307,14 +337,15 @@ def _about(planned: Plan, settings: Settings, calibration: Calibration | None) -
         "version": __version__,
         "architecture": planned.architecture.name,
         "precision": settings.precision,
+        "modulations": settings.modulations,
         "recipe": settings.recipe,
-        "rank": settings.rank,
+        "rank": max(layer.rank for layer in planned.layers.values()),
         "seed": settings.seed,
         "layers": {},
     }
     if calibration is not None:
         about["calibration"] = {
-            "rows": sum(calibration.layers[name].count for name in planned.layers),
+            "rows": sum(calibration.layers[name].count for name in planned.layers if name in calibration.layers),
             "rows_kept_per_layer": calibration.rows,
         }
     return about

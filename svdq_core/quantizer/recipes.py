@@ -1,7 +1,8 @@
-"""One layer from 16 to 4 bits: the steps of SVDQuant, put together by a recipe.
+"""One layer from 16 to 4 (or 8) bits: the steps of SVDQuant, put together by a recipe.
 
 SVDQuant (arXiv 2411.05007) section 4: smooth, split off a low-rank part, round the rest. What a recipe
-chooses is which steps run and how hard they look; ``RECIPES`` holds the three that users pick from.
+chooses is which steps run and how hard they look; ``RECIPES`` holds the three that users pick from. In
+weight-only formats there is nothing to smooth and no low-rank part: only rounding is left.
 """
 
 import functools
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import LayerError
-from ..formats.comfy_quant import LayerSpec
+from ..formats.comfy_quant import K_MULTIPLE, LayerSpec
 from ..layers import SVDQLinear
-from ..numerics import int4
 from . import rounding, smoothing
+from .codecs import Codec, codec_of
 from .lowrank import truncated_svd
 from .statistics import LayerStatistics, layer_seed
 
@@ -76,7 +77,8 @@ def quantize_layer(
         spec: what the file will hold; its ``rank`` and ``dtype`` are used.
         weight: (N, K) in any floating type, on the device to work on.
         bias: (N,) or None.
-        statistics: calibration of this layer's input; required if ``recipe.calibrates``.
+        statistics: calibration of this layer's input; required if ``recipe.calibrates``, except in weight-only
+            formats.
         recipe: the steps to take.
         seed: of the randomized SVD.
 
@@ -84,11 +86,28 @@ def quantize_layer(
         LayerError: NaN or Inf in the weights, K not a multiple of 64, or statistics of another shape.
     """
     _check(spec, weight, bias, statistics)
-    work = _Layer(spec, weight.float(), statistics, recipe, seed)
-    best = min((work.attempt(factor) for factor in work.smoothing_factors()), key=lambda found: found.error)
-    best = work.polish(best)
-    tensors = work.tensors(best, bias)
+    if spec.layout.low_rank:
+        work = _Layer(spec, weight.float(), statistics, recipe, seed)
+        best = min((work.attempt(factor) for factor in work.smoothing_factors()), key=lambda found: found.error)
+        tensors = work.tensors(work.polish(best), bias)
+    else:
+        tensors = _weight_only(spec, weight.float(), bias)
     return QuantizedLayer(spec, tensors, *_measure(spec, tensors, weight, bias, statistics))
+
+
+def _weight_only(spec, weight, bias) -> dict[str, torch.Tensor]:
+    """The tensors of a layer whose activations stay in 16 bits, rounded to nearest whatever the recipe.
+
+    GPTQ was tried on modulations: it fits the few embeddings that calibration sees, images get no closer.
+    """
+    codec = codec_of(spec)
+    scales = codec.scales(weight, spec.dtype)
+    step, offset = codec.step(scales), codec.offset(scales)
+    if offset is not None:
+        weight = weight - offset.repeat_interleave(weight.shape[1] // offset.shape[1], dim=1)
+    codes = rounding.round_to_nearest(weight, codec, step)
+    tensors = {"weight": codec.pack(codes), **scales}
+    return tensors if bias is None else tensors | {"bias": bias.to(spec.dtype)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ class _Attempt:
     proj_down: torch.Tensor  # (K, r)
     proj_up: torch.Tensor  # (N, r)
     codes: torch.Tensor  # (N, K) int8
-    scale: torch.Tensor  # (N, K / 64)
+    scales: dict[str, torch.Tensor]  # the format's
 
 
 class _Layer:
@@ -108,6 +127,7 @@ class _Layer:
 
     def __init__(self, spec, weight, statistics, recipe, seed):
         self.spec, self.weight, self.recipe = spec, weight, recipe
+        self.codec = codec_of(spec)
         self.seed = layer_seed(seed, spec.name)
         self.statistics = statistics
         self.inputs = None if statistics is None else statistics.sample.to(weight.device).float()
@@ -124,10 +144,11 @@ class _Layer:
         low = self.statistics.minimum.to(self.weight.device)
         high = self.statistics.maximum.to(self.weight.device)
         if self.spec.act_unsigned:
-            act_range = (high + int4.GELU_SHIFT).clamp(min=0)
+            act_range = (high + self.codec.shift).clamp(min=0)
         else:
             act_range = torch.maximum(high.abs(), low.abs())
-        yield from smoothing.candidates(act_range, self.weight, self.spec.dtype)
+        for factor in smoothing.candidates(act_range, self.weight, self.spec.dtype):
+            yield self.codec.smooth_factor(factor, act_range)
 
     def attempt(self, smooth_factor: torch.Tensor) -> _Attempt:
         """Low rank, then round to nearest."""
@@ -145,8 +166,7 @@ class _Layer:
             current = self._split(best.smooth_factor, smoothed, smoothed, round_weight)
             best = min(best, current, key=lambda found: found.error)
         for _ in range(self.recipe.refine):
-            lost = smoothed - int4.dequantize(current.codes, current.scale)
-            current = self._split(best.smooth_factor, smoothed, lost, round_weight)
+            current = self._split(best.smooth_factor, smoothed, smoothed - self._rounded(current), round_weight)
             best = min(best, current, key=lambda found: found.error)
         return best
 
@@ -154,8 +174,8 @@ class _Layer:
         """The layer as the file will hold it."""
         dtype = self.spec.dtype
         tensors = {
-            "weight": int4.pack(found.codes),
-            "weight_scale": found.scale.t().contiguous(),
+            "weight": self.codec.pack(found.codes),
+            **found.scales,
             "smooth_factor": found.smooth_factor,
             "proj_down": found.proj_down,
             "proj_up": found.proj_up,
@@ -164,9 +184,8 @@ class _Layer:
             shifted = torch.zeros(self.spec.out_features, device=self.weight.device)
             if bias is not None:
                 shifted += bias.float()
-            if self.spec.act_unsigned:
-                residual = int4.dequantize(found.codes, found.scale)
-                shifted -= residual @ (int4.GELU_SHIFT / found.smooth_factor.float())
+            if self.codec.shift:
+                shifted -= self._rounded(found) @ (self.codec.shift / found.smooth_factor.float())
             tensors["bias"] = shifted.to(dtype)
         return tensors
 
@@ -175,7 +194,7 @@ class _Layer:
         smooth_factor: torch.Tensor,
         smoothed: torch.Tensor,
         to_approximate: torch.Tensor,
-        round_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        round_weight: Callable[[torch.Tensor, Codec, torch.Tensor], torch.Tensor],
     ) -> _Attempt:
         """Fit the low-rank branch to ``to_approximate`` and round what it leaves of ``smoothed``."""
         dtype, factor = self.spec.dtype, smooth_factor.float()
@@ -184,29 +203,31 @@ class _Layer:
         # The residual is taken from the branch as stored, so its rounding to 16 bits is made up for.
         proj_down, proj_up = (down / factor[:, None]).to(dtype), up.to(dtype)
         residual = smoothed - proj_up.float() @ (proj_down.float() * factor[:, None]).t()
-        scale = rounding.group_scale(residual, dtype)
-        codes = round_weight(residual, scale)
-        error = self._error(residual, codes, scale, smooth_factor)
-        return _Attempt(error, smooth_factor, proj_down, proj_up, codes, scale)
+        scales = self.codec.scales(residual, dtype)
+        step = self.codec.step(scales)
+        codes = round_weight(residual, self.codec, step)
+        error = self._error(residual, rounding.dequantize(codes, self.codec, step), smooth_factor)
+        return _Attempt(error, smooth_factor, proj_down, proj_up, codes, scales)
 
-    def _error(self, residual, codes, scale, smooth_factor) -> float:
+    def _error(self, residual, rounded, smooth_factor) -> float:
         """Error of the layer's output; of the weight where there are no inputs.
 
         The low-rank branch sees the input in full precision, so only the residual's product differs.
         """
-        rounded = int4.dequantize(codes, scale)
         if self.inputs is None:
             return float(torch.linalg.norm(residual - rounded))
-        exact = (self.inputs / smooth_factor.float()) @ residual.t()
-        shift = int4.GELU_SHIFT / smooth_factor.float() if self.spec.act_unsigned else 0.0
-        quantized = (self._quantized(self.inputs, smooth_factor) - shift) @ rounded.t()
+        factor = smooth_factor.float()
+        exact = (self.inputs / factor) @ residual.t()
+        quantized = (self._quantized(self.inputs, smooth_factor) - self.codec.shift / factor) @ rounded.t()
         return float(torch.linalg.norm(exact - quantized))
 
     def _quantized(self, inputs: torch.Tensor, smooth_factor: torch.Tensor) -> torch.Tensor:
         """(R, K) inputs as the kernel's codes represent them."""
-        shift = int4.GELU_SHIFT if self.spec.act_unsigned else 0.0
-        codes, scale = int4.quantize_groups((inputs + shift) / smooth_factor.float(), self.spec.act_unsigned)
-        return int4.dequantize(codes, scale)
+        return self.codec.activations((inputs + self.codec.shift) / smooth_factor.float())
+
+    def _rounded(self, found: _Attempt) -> torch.Tensor:
+        """(N, K) float32: the quantized part of the smoothed weight."""
+        return rounding.dequantize(found.codes, self.codec, self.codec.step(found.scales))
 
 
 def _measure(spec, tensors, weight, bias, statistics) -> tuple[float, float | None]:
@@ -228,10 +249,10 @@ def _relative(approximate: torch.Tensor, exact: torch.Tensor) -> float:
 
 def check_width(spec: LayerSpec) -> None:
     """Raise LayerError unless K is a multiple of 64."""
-    if spec.in_features % int4.GROUP_SIZE:
+    if spec.in_features % K_MULTIPLE:
         raise LayerError(
             f"layer {spec.name} has {spec.in_features} input channels, not a multiple of "
-            f"{int4.GROUP_SIZE}. Name it among the layers to skip."
+            f"{K_MULTIPLE}. Name it among the layers to skip."
         )
 
 

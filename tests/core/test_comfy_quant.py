@@ -56,10 +56,19 @@ def test_tensors_are_those_of_the_convention(quantized):
     assert json.loads(bytes(unsigned.tolist()))["act_unsigned"] is True
 
 
-def test_modulations_and_embedders_are_copied(quantized):
+def test_modulations_have_the_published_weight_only_format(quantized):
+    tensors, name = load_file(quantized), "double_blocks.0.img_mod.lin"
+    n, k = small_flux.layer_shapes()[name]
+    assert json.loads(bytes(tensors[f"{name}.comfy_quant"].tolist())) == {"format": "awq_w4a16", "group_size": 64}
+    found = {key.removeprefix(f"{name}."): tuple(t.shape) for key, t in tensors.items() if key.startswith(name)}
+    found.pop("comfy_quant")
+    shapes = {"weight": (n, k // 2), "weight_scale": (k // 64, n), "weight_zero": (k // 64, n), "bias": (n,)}
+    assert found == shapes
+
+
+def test_embedders_are_copied(quantized):
     full, tensors = small_flux.state_dict(), load_file(quantized)
-    for key in ("img_in.weight", "double_blocks.0.img_mod.lin.weight"):
-        assert torch.equal(tensors[key], full[key])
+    assert torch.equal(tensors["img_in.weight"], full["img_in.weight"])
 
 
 def test_the_tile_packed_layout_reads_the_same(quantized, tmp_path):

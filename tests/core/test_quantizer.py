@@ -131,7 +131,7 @@ def test_the_file_says_how_it_was_made(full, calibration, tmp_path):
 
 def test_skipped_layers_stay_as_they_were(full, tmp_path):
     path = tmp_path / "q.safetensors"
-    settings = Settings(recipe="fast", skip=("double_blocks.*", "single_blocks.0.linear2"))
+    settings = Settings(recipe="fast", skip=("double_blocks.*", "single_blocks.0.linear2", "*.modulation.lin"))
     quantize_checkpoint(FileSource(full), path, settings)
     assert set(QuantizedCheckpoint(path).layers) == {"single_blocks.0.linear1"}
     key = "single_blocks.0.linear2.weight"
@@ -214,7 +214,14 @@ def test_calibration_of_another_model_is_refused(full, tmp_path, calibration):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"recipe": "magic"}, {"rank": 257}, {"rank": -1}, {"precision": "int3"}, {"skip": ("*",)}],
+    [
+        {"recipe": "magic"},
+        {"rank": 257},
+        {"rank": -1},
+        {"precision": "int3"},
+        {"modulations": "int4"},
+        {"skip": ("*",)},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(full, tmp_path, settings):
     with pytest.raises(SVDQuantError):

@@ -64,7 +64,7 @@ def test_those_for_flux_run_on_the_demo_model(models, name):
     if name == "16-bit-against-4-bit":
         assert any("PSNR" in text and "SSIM 0." in text for text in texts)
     if name == "quantize-your-checkpoint":
-        assert any("20 layers quantized" in text for text in texts)
+        assert any("28 layers quantized" in text for text in texts)
 
 
 def broken(workflow, change):

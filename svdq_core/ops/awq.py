@@ -1,0 +1,48 @@
+"""``svdq::linear_awq_w4a16``, a layer with asymmetric 4-bit weights and 16-bit activations.
+
+For a model's modulation layers, whose input is one row per image: reading the weight is all the work.
+"""
+
+import torch
+
+from ..numerics import awq, int4
+
+_library = torch.library.Library("svdq", "FRAGMENT")
+_library.define(
+    "linear_awq_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_zero, Tensor? bias) -> Tensor"
+)
+
+
+def linear_awq_w4a16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``x W^T + bias`` with ``W = (code - 8) * scale + zero``, for any M.
+
+    Args:
+        x: (M, K) bf16, fp16 or float32.
+        weight: (N, K / 2) int8, two unsigned codes to a byte.
+        weight_scale, weight_zero: (K / 64, N) as ``x``.
+        bias: (N,) or None.
+
+    Returns:
+        (M, N) in ``x``'s dtype.
+    """
+    return torch.ops.svdq.linear_awq_w4a16(x, weight, weight_scale, weight_zero, bias)
+
+
+@torch.library.impl(_library, "linear_awq_w4a16", "CompositeExplicitAutograd")
+def _linear_awq_w4a16_reference(x, weight, weight_scale, weight_zero, bias):
+    codes = int4.unpack(weight, unsigned=True)
+    y = x.float() @ awq.dequantize(codes, weight_scale.t(), weight_zero.t()).t()
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype)
+
+
+@torch.library.register_fake("svdq::linear_awq_w4a16")
+def _linear_awq_w4a16_fake(x, weight, weight_scale, weight_zero, bias):
+    return x.new_empty((x.shape[0], weight.shape[0]))

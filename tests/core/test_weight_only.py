@@ -1,0 +1,88 @@
+"""The codecs of weight-only formats: AWQ's asymmetric groups and NF4's quantiles."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from hypothesis.extra import numpy as hnp
+
+from svdq_core.numerics import awq, int4, nf4
+
+
+def groups(magnitude=1e4):
+    """Float32 matrices with K a multiple of 64."""
+    floats = st.floats(-magnitude, magnitude, width=32, allow_subnormal=True)
+    shapes = st.tuples(st.integers(1, 3), st.sampled_from((64, 128)))
+    return shapes.flatmap(lambda shape: hnp.arrays("float32", shape, elements=floats)).map(torch.from_numpy)
+
+
+def steps_of(weight, scale, zero):
+    """(w - zero) / scale, as the quantizer hands it to encode."""
+    wide = weight.unflatten(-1, (-1, awq.GROUP_SIZE)) - zero.float()[..., None]
+    return torch.where(scale[..., None] > 0, wide / scale.float()[..., None], 0.0).flatten(-2)
+
+
+@given(groups(), st.sampled_from((torch.float32, torch.bfloat16)))
+def test_an_asymmetric_group_comes_back_within_half_a_step(weight, dtype):
+    scale, zero = awq.group_range(weight, dtype)
+    codes = awq.encode(steps_of(weight, scale, zero))
+    assert int(codes.min()) >= 0 and int(codes.max()) <= 15
+    error = (awq.dequantize(codes, scale, zero) - weight).abs().unflatten(-1, (-1, 64))
+    # What rounding scale and zero to the file's type may move the ends of the range by.
+    low, high = weight.unflatten(-1, (-1, 64)).aminmax(dim=-1)
+    slack = torch.finfo(dtype).eps * 8 * torch.maximum(low.abs(), high.abs()) + 1e-37
+    assert bool((error <= (0.5001 * scale.float() + slack)[..., None]).all())
+
+
+@given(groups())
+def test_asymmetric_codes_keep_the_order_within_a_group(weight):
+    weight = weight.unflatten(-1, (-1, 64)).sort(dim=-1).values.flatten(-2)
+    scale, zero = awq.group_range(weight, torch.bfloat16)
+    codes = awq.encode(steps_of(weight, scale, zero))
+    assert bool((codes.unflatten(-1, (-1, 64)).diff(dim=-1) >= 0).all())
+
+
+def test_one_sided_groups_use_all_their_codes():
+    weight = torch.linspace(3.0, 5.0, 64)[None]
+    scale, zero = awq.group_range(weight, torch.float32)
+    codes = awq.encode(steps_of(weight, scale, zero))
+    assert codes[0, 0] == 0 and codes[0, -1] == 15 and len(codes.unique()) == 16
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -3e38, 1e-40])
+def test_a_group_of_equal_weights_is_its_zero(value):
+    weight = torch.full((2, 64), value)
+    scale, zero = awq.group_range(weight, torch.float32)
+    codes = awq.encode(steps_of(weight, scale, zero))
+    assert torch.equal(awq.dequantize(codes, scale, zero), weight) and not scale.any()
+
+
+def test_the_published_formula_is_what_is_computed():
+    packed = torch.tensor([[0x80, 0xF8] * 16], dtype=torch.uint8).view(torch.int8)
+    weight = awq.dequantize(int4.unpack(packed, unsigned=True), torch.tensor([[2.0]]), torch.tensor([[0.25]]))
+    assert weight[0, :4].tolist() == [-15.75, 0.25, 0.25, 14.25]
+
+
+@given(groups())
+def test_nf4_takes_the_nearest_entry_of_its_codebook(weight):
+    absmax = nf4.group_absmax(weight)
+    shares = weight.unflatten(-1, (-1, 64)).double() / absmax[..., None]
+    shares = torch.where(absmax[..., None] > 0, shares, 0.0).flatten(-2)
+    codes = nf4.encode(shares.float())
+    nearest = (shares[..., None] - torch.tensor(nf4.CODEBOOK).double()).abs().amin(dim=-1)
+    assert torch.allclose((nf4.decode(codes) - shares).abs(), nearest, atol=1e-6)
+    assert torch.isfinite(nf4.dequantize(codes, absmax)).all()
+
+
+def test_nf4_s_codebook_survives_the_round_trip():
+    weight = torch.tensor([nf4.CODEBOOK * 4]) * 0.03
+    absmax = nf4.group_absmax(weight)
+    codes = nf4.encode(weight / absmax)
+    assert codes[0].tolist() == list(range(16)) * 4
+    assert torch.allclose(nf4.dequantize(codes, absmax), weight)
+
+
+@pytest.mark.parametrize("quantize", [nf4.group_absmax, lambda weight: awq.group_range(weight, torch.bfloat16)])
+def test_k_must_be_a_multiple_of_the_group(quantize):
+    with pytest.raises(ValueError, match="not a multiple of 64"):
+        quantize(torch.zeros(1, 96))
