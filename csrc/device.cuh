@@ -198,6 +198,18 @@ SVDQ_DEVICE void store_shared8(u32 shared, u32 first, u32 second) {
                  : "memory");
 }
 
+SVDQ_DEVICE uint2 load_shared8(u32 shared) {
+    uint2 v;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
+    return v;
+}
+
+SVDQ_DEVICE u32 load_shared1(u32 shared) {
+    u32 v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(shared));
+    return v;
+}
+
 SVDQ_DEVICE u32 load_shared4(u32 shared) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(shared));

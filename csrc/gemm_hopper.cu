@@ -79,19 +79,6 @@ struct Arguments {
     uint4* parked;  // (segments - 1, blocks, 20, 256)
 };
 
-// Where someone is in a sequence of uses of a ring of slots: at which, and how often it came round.
-template <u32 Slots>
-struct Ring {
-    u32 slot = 0, parity = 0;
-
-    SVDQ_DEVICE void advance() {
-        if (++slot == Slots) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 struct Shared {
     u32 base;
 

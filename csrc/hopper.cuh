@@ -51,6 +51,82 @@ SVDQ_DEVICE void bulk_load(u32 shared, const void* global, u32 bytes, u32 barrie
         : "memory");
 }
 
+// Where someone is in a sequence of uses of a ring of slots: at which, and how often it came round.
+template <u32 Slots>
+struct Ring {
+    u32 slot = 0, parity = 0;
+
+    SVDQ_DEVICE void advance() {
+        if (++slot == Slots) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- tensors, described by the host (cuTensorMapEncodeTiled) ------------------------------------
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// The box at (x, y), x in bytes along the rows, to shared memory; beyond the tensor's edges it is
+// zero.
+SVDQ_DEVICE void tensor_load(u32 shared, const TensorMap& map, int x, int y, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
+}
+
+// The same for all blocks of the cluster: to the same place in each, counted by each one's barrier.
+template <u32 Blocks>
+SVDQ_DEVICE void tensor_load_shared_by(u32 shared, const TensorMap& map, int x, int y,
+                                       u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1u << Blocks) - 1))
+        : "memory");
+}
+
+// Shared memory to the box at (x, y); what lies beyond the tensor's edges is left out.
+SVDQ_DEVICE void tensor_store(const TensorMap& map, int x, int y, u32 shared) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+        "r"(x), "r"(y), "r"(shared)
+        : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until at most `Pending` stores of this thread still read shared memory.
+template <int Pending>
+SVDQ_DEVICE void tensor_store_wait() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+
+// Makes what this thread wrote to shared memory visible to copies.
+SVDQ_DEVICE void fence_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- clusters -----------------------------------------------------------------------------------
+
+SVDQ_DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Arrive at the same barrier of another block of the cluster. Scope is the block's on purpose: the
+// cluster's would flush to global memory first.
+SVDQ_DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
 // ---- register allotment -------------------------------------------------------------------------
 
 template <int Count>
@@ -128,6 +204,95 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
 }
 #undef SVDQ_MULTIPLY_16BIT
 
+// A product of SVDQ_TOKENS columns, which come from shared memory: registers 4 j + 2 h and + 1 of
+// lane l in warp w are row 16 w + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1.
+#ifdef SVDQ_TOKENS
+#    define SVDQ_NAMES_A                                                                   \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
+        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#    define SVDQ_NAMES_B                                                                   \
+        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+        ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#    define SVDQ_NAMES_C                                                                         \
+        ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110" \
+        ", %111"
+#    define SVDQ_NAMES_D                                                                         \
+        ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+        "%126, %127"
+#    if SVDQ_TOKENS == 256
+#        define SVDQ_SHAPE "m64n256"
+#        define SVDQ_INPUT0 "%128"
+#        define SVDQ_INPUT1 "%129"
+#        define SVDQ_INPUT2 "%130"
+#        define SVDQ_INPUT3 "%131"
+#        define SVDQ_INPUT4 "%132"
+#        define SVDQ_INPUT5 "%133"
+#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B SVDQ_NAMES_C SVDQ_NAMES_D
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_64(con, 64)
+#    elif SVDQ_TOKENS == 224
+#        define SVDQ_SHAPE "m64n224"
+#        define SVDQ_INPUT0 "%112"
+#        define SVDQ_INPUT1 "%113"
+#        define SVDQ_INPUT2 "%114"
+#        define SVDQ_INPUT3 "%115"
+#        define SVDQ_INPUT4 "%116"
+#        define SVDQ_INPUT5 "%117"
+#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B SVDQ_NAMES_C
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64), SVDQ_16(con, 96)
+#    elif SVDQ_TOKENS == 192
+#        define SVDQ_SHAPE "m64n192"
+#        define SVDQ_INPUT0 "%96"
+#        define SVDQ_INPUT1 "%97"
+#        define SVDQ_INPUT2 "%98"
+#        define SVDQ_INPUT3 "%99"
+#        define SVDQ_INPUT4 "%100"
+#        define SVDQ_INPUT5 "%101"
+#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64)
+#    else
+#        define SVDQ_SHAPE "m64n128"
+#        define SVDQ_INPUT0 "%64"
+#        define SVDQ_INPUT1 "%65"
+#        define SVDQ_INPUT2 "%66"
+#        define SVDQ_INPUT3 "%67"
+#        define SVDQ_INPUT4 "%68"
+#        define SVDQ_INPUT5 "%69"
+#        define SVDQ_SUMS SVDQ_NAMES_A
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0)
+#    endif
+
+// sums = weight (64 x 32, int8) tokens (32 columns of them)^T + (keep ? sums : 0).
+SVDQ_DEVICE void multiply_tokens(int (&r)[SVDQ_TOKENS / 2], u64 weight, u64 tokens, bool keep) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT2
+                 ", 0;"
+                 "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k32.s32.s8.s8 {" SVDQ_SUMS
+                 "}, " SVDQ_INPUT0 ", " SVDQ_INPUT1 ", p; }"
+                 : SVDQ_SUM_REGISTERS("+r")
+                 : "l"(weight), "l"(tokens), "r"((int)keep));
+}
+
+// sums = weight (64 x 16, 16 bits, in registers) tokens (16 columns of them)^T + (keep ? sums : 0).
+#    define SVDQ_MULTIPLY_TOKENS(TYPE)                                                   \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT5                       \
+                     ", 0;"                                                              \
+                     "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k16.f32." TYPE "." TYPE \
+                     " {" SVDQ_SUMS "}, {" SVDQ_INPUT0 ", " SVDQ_INPUT1 ", " SVDQ_INPUT2 \
+                     ", " SVDQ_INPUT3 "}, " SVDQ_INPUT4 ", p, 1, 1, 0; }"                \
+                     : SVDQ_SUM_REGISTERS("+f")                                          \
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(tokens), "r"((int)keep))
+template <class T>
+SVDQ_DEVICE void multiply_tokens(float (&r)[SVDQ_TOKENS / 2], u32 a0, u32 a1, u32 a2, u32 a3,
+                                 u64 tokens, bool keep) {
+    if (T::kIsBf16)
+        SVDQ_MULTIPLY_TOKENS("bf16");
+    else
+        SVDQ_MULTIPLY_TOKENS("f16");
+}
+#    undef SVDQ_MULTIPLY_TOKENS
+#endif
+
 // The compiler does not know that products write their registers until they are waited for: this
 // keeps it from using them before, and from starting new ones while it does.
 template <int Count>
@@ -135,6 +300,18 @@ SVDQ_DEVICE void products_fence_sums(u32 (&r)[Count]) {
 #pragma unroll
     for (int i = 0; i < Count; ++i)
         asm volatile("" : "+r"(r[i])::"memory");
+}
+template <int Count>
+SVDQ_DEVICE void products_fence_sums(int (&r)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+        asm volatile("" : "+r"(r[i])::"memory");
+}
+template <int Count>
+SVDQ_DEVICE void products_fence_sums(float (&r)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+        asm volatile("" : "+f"(r[i])::"memory");
 }
 
 // ---- pairs of fp16 ------------------------------------------------------------------------------
@@ -161,9 +338,26 @@ SVDQ_DEVICE u32 pack_saturated(float low, float high) {
     return r;
 }
 
+// Two E4M3 numbers, each alone in its register, to a pair of fp16.
+SVDQ_DEVICE u32 e4m3_pair_to_fp16(u32 low, u32 high) {
+    u32 r;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.rn.f16x2.e4m3x2 %0, h; }"
+        : "=r"(r)
+        : "r"(low | high << 8));
+    return r;
+}
+
 // The other way from load_matrices: lane l passes the address of row l % 8 of matrix l / 8.
 SVDQ_DEVICE void store_matrices(u32 shared, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
                  "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
+}
+
+// The other way from load_matrices_transposed.
+SVDQ_DEVICE void store_matrices_transposed(u32 shared, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+        "r"(a), "r"(b), "r"(c), "r"(d)
+        : "memory");
 }

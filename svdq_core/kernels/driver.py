@@ -99,6 +99,43 @@ def capture_id(stream: int) -> int:
     return identity.value if status.value else 0
 
 
+@lru_cache(maxsize=16384)
+def tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int, swizzled: bool) -> bytes:
+    """How a Hopper kernel is told of a contiguous matrix that it copies boxes of (``cuTensorMapEncodeTiled``).
+
+    Elements are bytes: what is beyond the edges reads as zeros of any type. It depends on its arguments
+    alone, so it may be kept.
+
+    Args:
+        pointer: on a 16-byte boundary.
+        row_bytes: a multiple of 16.
+        swizzled: in shared memory, rows are 128 bytes and their 16-byte chunk c lies at c ^ (row % 8).
+
+    Raises:
+        DriverError: the driver refuses.
+    """
+    encoded = (ctypes.c_uint64 * 32)()
+    aligned = -ctypes.addressof(encoded) % 64
+    target = ctypes.c_void_p(ctypes.addressof(encoded) + aligned)
+    result = _library().cuTensorMapEncodeTiled(
+        target,
+        0,  # bytes
+        2,
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 2)(row_bytes, rows),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(box_bytes, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,  # not interleaved
+        3 if swizzled else 0,
+        3,  # fetched by 256 bytes to the second-level cache
+        0,  # zeros beyond the edges
+    )
+    if result:
+        raise DriverError(f"CUDA driver: error {result} while describing a tensor of {rows} rows of {row_bytes} bytes")
+    return ctypes.string_at(target, 128)
+
+
 @lru_cache(maxsize=1)
 def launcher() -> Launcher:
     """The compiled launcher if it was built, else the one over ctypes.

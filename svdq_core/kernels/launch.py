@@ -121,7 +121,7 @@ def pad_rank(tensor: torch.Tensor) -> torch.Tensor:
 _counters: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}
 
 
-def _zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+def zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """Counters that are zero between launches; one set a stream, since launches of a stream don't overlap.
 
     A graph has its own, which it zeroes once, not for every launch: they are kept while its capture lasts.
@@ -191,7 +191,7 @@ def launch_quantizer(
             tiles = shape.grid[0] * shape.warps * shape.grid[2]
             sums = tiles * shape.grid[1] * plan.QuantizeBuild.rows * shape.build.rank_tiles * 8
             partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-            counters = _zero_counters(x, stream, tiles)
+            counters = zero_counters(x, stream, tiles)
         kernel.launch(
             stream,
             _QUANTIZE.pack(

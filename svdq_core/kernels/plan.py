@@ -16,6 +16,8 @@ GROUP = 64
 # Epilogues of the GEMM and prologues of the quantizer, by their number in the source.
 STORE, GELU_QUANTIZE, NORM_ROPE = 0, 1, 2
 PLAIN, GELU, MODULATE = 0, 1, 2
+# What NVFP4's quantizer writes: codes, their values in fp16, or rows' largest only (for INT8).
+CODES, WIDE, ABSMAX = 0, 1, 2
 
 # (compute capability, nvcc's name) of everything an ahead-of-time build covers.
 ARCHITECTURES = {75: "75", 80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120a"}
@@ -23,7 +25,7 @@ ARCHITECTURES = {75: "75", 80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 
 
 # Columns whose scales are kept relative to one another's on Hopper, in groups; also the quantizer's shortest slice.
 CHUNK_GROUPS = 8
-# Groups whose smoothing factors a block of the quantizer holds at most.
+# Groups of 64 columns whose smoothing factors a block of the quantizer holds at most.
 MOST_SLICE_GROUPS = 64
 # Warps of the quantizer that keep a multiprocessor busy.
 BUSY_WARPS = 14
@@ -67,6 +69,8 @@ MEDIUM = Tile(128, 128, 64, 64, 2, 2, 2, rate=0.92)
 SMALL = Tile(64, 64, 32, 32, 2, 4, 2, rate=0.6)
 
 HOPPER = 90  # the capability that has kernels of its own
+HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block can have
+BLOCK_SCALED = 120  # the one that multiplies NVFP4 codes with their scales in a warp's product
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,240 @@ class HopperGemmBuild:
         return {"SVDQ_BF16": int(self.bf16)}
 
 
-Build = GemmBuild | QuantizeBuild | HopperGemmBuild
+@dataclass(frozen=True)
+class UngroupedGemmBuild:
+    """One build of ``csrc/gemm_ungrouped.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
+
+    bf16: bool
+    nvfp4: bool
+    tokens: int
+
+    source = "gemm_ungrouped.cu"
+    entry = "svdq_gemm_ungrouped"
+    _OUTPUTS = 2 * 4 * 32 * 128
+    rows, cluster, threads = 128, 2, 384
+
+    @property
+    def _stage_bytes(self) -> int:
+        weight = self.rows * (32 + 4 if self.nvfp4 else 128)
+        return _ceil(self.tokens * 128 + weight, 1024) * 1024 + 16
+
+    @property
+    def stages(self) -> int:
+        """As many as fit."""
+        return (HOPPER_SHARED - self._OUTPUTS) // self._stage_bytes
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the stages, outputs on their way out, barriers."""
+        return self.stages * self._stage_bytes + self._OUTPUTS
+
+    def grid(self, m: int, n: int, multiprocessors: int) -> tuple[int, int, int]:
+        """Blocks, in clusters, each of which runs over many tiles."""
+        clusters = _ceil(m, self.tokens) * _ceil(n, self.rows * self.cluster)
+        return min(multiprocessors // self.cluster, clusters) * self.cluster, 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_NVFP4": int(self.nvfp4),
+            "SVDQ_TOKENS": self.tokens,
+            "SVDQ_STAGES": self.stages,
+        }
+
+
+# Widths of a tile that ``gemm_ungrouped.cu`` has.
+TOKENS = (256, 224, 192, 128)
+
+
+@lru_cache(maxsize=4096)
+def ungrouped_build(multiprocessors: int, m: int, n: int, bf16: bool, nvfp4: bool) -> UngroupedGemmBuild:
+    """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
+
+    def time(build: UngroupedGemmBuild) -> float:
+        clusters = _ceil(m, build.tokens) * _ceil(n, build.rows * build.cluster)
+        # A tile of few tokens reads more for a product, and each has its end, worth about 16 tokens.
+        return _ceil(clusters, multiprocessors // build.cluster) * (build.tokens + 16)
+
+    return min((UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS), key=time)
+
+
+@dataclass(frozen=True)
+class Int8QuantizeBuild:
+    """One build of ``csrc/quantize_int8.cu``."""
+
+    bf16: bool
+
+    source = "quantize_int8.cu"
+    entry = "svdq_quantize_int8"
+    rows, threads = 4, 128
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def grid(self, m: int) -> tuple[int, int, int]:
+        """Blocks for m rows."""
+        return _ceil(m, self.rows), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16)}
+
+
+@dataclass(frozen=True)
+class Int8GemmBuild:
+    """One build of ``csrc/gemm_int8.cu``."""
+
+    bf16: bool
+    tile: Tile
+
+    source = "gemm_int8.cu"
+    entry = "svdq_gemm_int8"
+
+    @property
+    def threads(self) -> int:
+        return self.tile.threads
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: stages of 64 columns of codes."""
+        return (self.tile.bm + self.tile.bn) * 64 * self.tile.stages
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        """Blocks for an (m, n) output."""
+        return _ceil(m, self.tile.bm) * _ceil(n, self.tile.bn), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        t = self.tile
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_BM": t.bm,
+            "SVDQ_BN": t.bn,
+            "SVDQ_WM": t.wm,
+            "SVDQ_WN": t.wn,
+            "SVDQ_STAGES": t.stages,
+            "SVDQ_MIN_BLOCKS": t.min_blocks,
+        }
+
+
+# Tiles of the INT8 GEMM, whose stages have half the columns of the others'.
+INT8_TILES = (replace(MEDIUM, stages=3), SMALL)
+
+
+@dataclass(frozen=True)
+class GemvAwqBuild:
+    """One build of ``csrc/gemv_awq.cu``."""
+
+    bf16: bool
+
+    source = "gemv_awq.cu"
+    entry = "svdq_gemv_awq"
+    rows, most_m = 16, 8  # outputs of a block, rows of x
+    warps, stages, min_blocks = 4, 2, 5
+    threads = warps * 32
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: for each warp, stages of four groups' codes, scales and zeros."""
+        return self.warps * self.stages * self.rows * 4 * (GROUP // 2 + 4)
+
+    def grid(self, n: int) -> tuple[int, int, int]:
+        """Blocks for n outputs."""
+        return _ceil(n, self.rows), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_WARPS": self.warps,
+            "SVDQ_STAGES": self.stages,
+            "SVDQ_MIN_BLOCKS": self.min_blocks,
+        }
+
+
+@dataclass(frozen=True)
+class Nvfp4QuantizeBuild:
+    """One build of ``csrc/quantize_nvfp4.cu``; ``rank_tiles`` products of 8 ranks a block."""
+
+    bf16: bool
+    rank_tiles: int
+    output: int = CODES
+    stages: int = 3
+    most_warps: int = 20
+
+    source = "quantize_nvfp4.cu"
+    entry = "svdq_quantize_nvfp4"
+    rows = 16  # of a warp
+
+    @property
+    def threads(self) -> int:
+        return self.most_warps * 32
+
+    def shared_bytes(self, slice_blocks: int = MOST_SLICE_GROUPS, warps: int | None = None) -> int:
+        """Dynamic shared memory: two steps of proj_down, x, 1 / smooth."""
+        steps = 2 * 4 * GROUP * 64 if self.rank_tiles else 0
+        return steps + (warps or self.most_warps) * self.stages * 2048 + slice_blocks * GROUP * 4
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_RANK_TILES": self.rank_tiles,
+            "SVDQ_STAGES": self.stages,
+            "SVDQ_MOST_WARPS": self.most_warps,
+            "SVDQ_OUTPUT": int(self.output),
+        }
+
+
+@dataclass(frozen=True)
+class Nvfp4GemmBuild:
+    """One build of ``csrc/gemm_nvfp4.cu``; ``native`` where the card multiplies NVFP4 itself."""
+
+    bf16: bool
+    native: bool
+    tile: Tile
+
+    source = "gemm_nvfp4.cu"
+    entry = "svdq_gemm_nvfp4"
+
+    @property
+    def threads(self) -> int:
+        return self.tile.threads
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: stages of two blocks of 64 columns, codes and scales."""
+        return (self.tile.bm + self.tile.bn) * 2 * (32 + 4) * self.tile.stages
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        """Blocks for an (m, n) output."""
+        return _ceil(m, self.tile.bm) * _ceil(n, self.tile.bn), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        t = self.tile
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_NATIVE": int(self.native),
+            "SVDQ_BM": t.bm,
+            "SVDQ_BN": t.bn,
+            "SVDQ_WM": t.wm,
+            "SVDQ_WN": t.wn,
+            "SVDQ_STAGES": t.stages,
+            "SVDQ_MIN_BLOCKS": t.min_blocks,
+        }
+
+
+Build = (
+    GemmBuild
+    | QuantizeBuild
+    | HopperGemmBuild
+    | UngroupedGemmBuild
+    | Int8QuantizeBuild
+    | Int8GemmBuild
+    | GemvAwqBuild
+    | Nvfp4QuantizeBuild
+    | Nvfp4GemmBuild
+)
 
 
 def build_name(build: Build) -> str:
@@ -218,6 +455,24 @@ def gemm_build(
     return GemmBuild(bf16, unsigned, tile, epilogue)
 
 
+@lru_cache(maxsize=4096)
+def nvfp4_gemm_build(capability: int, multiprocessors: int, m: int, n: int, bf16: bool) -> Nvfp4GemmBuild:
+    """The same for NVFP4."""
+    tile = min(_nvfp4_tiles(capability), key=lambda t: _tile_time(t, m, n, multiprocessors))
+    return Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile)
+
+
+@lru_cache(maxsize=4096)
+def int8_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> Int8GemmBuild:
+    """The same for INT8, on any card."""
+    return Int8GemmBuild(bf16, min(INT8_TILES, key=lambda t: _tile_time(t, m, n, multiprocessors)))
+
+
+def _nvfp4_tiles(capability: int) -> tuple[Tile, ...]:
+    """The large tile spares bandwidth, which only the native product is fast enough to want."""
+    return (LARGE, MEDIUM, SMALL) if capability == BLOCK_SCALED else (MEDIUM, SMALL)
+
+
 def quantize_staging(capability: int) -> tuple[int, int]:
     """(stages of x, most warps in a block) of the quantizer, to what shared memory holds."""
     if capability < 80:
@@ -225,10 +480,16 @@ def quantize_staging(capability: int) -> tuple[int, int]:
     return {80: (4, 12), 90: (5, 14), 100: (5, 14), 103: (5, 14)}.get(capability, (3, 8))
 
 
+def nvfp4_quantize_staging(capability: int) -> tuple[int, int]:
+    """The same of NVFP4's quantizer."""
+    stages, most_warps = quantize_staging(capability)
+    return (3, 20) if most_warps == 14 else (stages, most_warps)
+
+
 class QuantizeLaunch(NamedTuple):
     """How the quantizer is launched; ``grid`` is (blocks of rows, slices of the columns, blocks of ranks)."""
 
-    build: QuantizeBuild
+    build: QuantizeBuild | Nvfp4QuantizeBuild
     grid: tuple[int, int, int]
     warps: int
     slice_groups: int
@@ -251,14 +512,41 @@ def quantize_launch(
     A warp's slice of the columns is long enough that about ``BUSY_WARPS`` of them make up a
     multiprocessor's share of the work, and a block has as many warps as deals them out most evenly.
     """
-    rank_tiles = 0 if rank == 0 else 2 if rank <= 16 else 4 if rank <= 32 or capability < 80 else 8
-    build = QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), hopper)
+    build = QuantizeBuild(bf16, unsigned, rank_tiles(capability, rank), prologue, *quantize_staging(capability), hopper)
+    return _quantizer_shape(build, multiprocessors, m, k, rank, CHUNK_GROUPS, BUSY_WARPS)
+
+
+@lru_cache(maxsize=4096)
+def nvfp4_quantize_launch(
+    capability: int, multiprocessors: int, m: int, k: int, rank: int, bf16: bool, output: int = CODES
+) -> QuantizeLaunch:
+    """The same for NVFP4, which computes more for a byte: more warps, where they fit, and shorter slices."""
+    stages, most_warps = nvfp4_quantize_staging(capability)
+    build = Nvfp4QuantizeBuild(bf16, rank_tiles(capability, rank), output, stages, most_warps)
+    return _quantizer_shape(build, multiprocessors, m, k, rank, 2, 18 if most_warps >= 18 else BUSY_WARPS)
+
+
+def rank_tiles(capability: int, rank: int) -> int:
+    """Products of 8 ranks that a block of a quantizer makes."""
+    return 0 if rank == 0 else 2 if rank <= 16 else 4 if rank <= 32 or capability < 80 else 8
+
+
+def _quantizer_shape(
+    build: QuantizeBuild | Nvfp4QuantizeBuild,
+    multiprocessors: int,
+    m: int,
+    k: int,
+    rank: int,
+    chunk_groups: int,
+    busy_warps: int,
+) -> QuantizeLaunch:
+    """Slices of whole chunks, and warps in a block, that keep a card busy."""
     groups, row_tiles = k // GROUP, _ceil(m, build.rows)
-    chunks = _ceil(groups, CHUNK_GROUPS)
-    share = round(chunks * row_tiles / (multiprocessors * BUSY_WARPS))
-    slice_chunks = min(max(share, 1), chunks, MOST_SLICE_GROUPS // CHUNK_GROUPS)
+    chunks = _ceil(groups, chunk_groups)
+    share = round(chunks * row_tiles / (multiprocessors * busy_warps))
+    slice_chunks = min(max(share, 1), chunks, MOST_SLICE_GROUPS // chunk_groups)
     slices = _ceil(chunks, slice_chunks)
-    slice_groups = _ceil(chunks, slices) * CHUNK_GROUPS
+    slice_groups = _ceil(chunks, slices) * chunk_groups
     slices = _ceil(groups, slice_groups)
 
     def most_warps_on_a_multiprocessor(warps: int) -> int:
@@ -266,7 +554,7 @@ def quantize_launch(
 
     warps = min(range(build.most_warps, 0, -1), key=most_warps_on_a_multiprocessor)
     return QuantizeLaunch(
-        build, (_ceil(row_tiles, warps), slices, _ceil(rank, rank_tiles * 8 or 1) or 1), warps, slice_groups
+        build, (_ceil(row_tiles, warps), slices, _ceil(rank, build.rank_tiles * 8 or 1) or 1), warps, slice_groups
     )
 
 
@@ -284,8 +572,21 @@ def all_builds(capability: int) -> list[Build]:
             builds.append(build)
             if tile is not SMALL:
                 builds += [replace(build, epilogue=epilogue) for epilogue in (GELU_QUANTIZE, NORM_ROPE)]
+    for bf16, rank_tiles in product((True, False), (0, 2, 4, 8)):
+        builds += [
+            Nvfp4QuantizeBuild(bf16, rank_tiles, output, *nvfp4_quantize_staging(capability))
+            for output in ((CODES, WIDE, ABSMAX) if capability == HOPPER else (CODES, ABSMAX))
+        ]
+    builds += [
+        Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile)
+        for bf16, tile in product((True, False), _nvfp4_tiles(capability))
+    ]
+    builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
+    builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
+    builds += [GemvAwqBuild(bf16) for bf16 in (True, False)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
+        builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]
     return [build for build in builds if runs_on(build, capability)]
 
 
@@ -293,5 +594,6 @@ def runs_on(build: Build, capability: int) -> bool:
     """Whether a build can run on an architecture: sm_75 has no bf16 and little shared memory."""
     if capability >= 80:
         return True
-    small = build.rank_tiles <= 4 if isinstance(build, QuantizeBuild) else build.tile != LARGE
-    return small and not build.bf16
+    if isinstance(build, (QuantizeBuild, Nvfp4QuantizeBuild)):
+        return build.rank_tiles <= 4 and not build.bf16
+    return not build.bf16 and getattr(build, "tile", None) != LARGE

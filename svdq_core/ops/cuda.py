@@ -1,4 +1,4 @@
-"""CUDA implementations of the operators of :mod:`.int4` and :mod:`.fused`.
+"""CUDA implementations of the operators of this package; NF4's, a baseline only, has none.
 
 Registering them is cheap: nothing is compiled, and no driver is touched, until the first call on a device.
 Where the kernels cannot run (``svdq_core.kernels.status`` says why), and for float32 operands, which only
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import plan, status
-from . import fused, int4
+from . import awq, fused, int4, int8, nvfp4
 
 
 class _Operator(NamedTuple):
@@ -44,6 +44,30 @@ def _linear_w4a4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
     return hopper.linear(x, *operands)
 
 
+def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *operands) -> torch.Tensor:
+    """Outputs are written 16 bytes at a time; a file's N may be any."""
+    if weight.shape[0] % 8:
+        return int8._linear_int8_reference(x, smooth_factor, proj_down, weight, *operands)
+    from ..kernels import int8 as kernels
+
+    return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
+
+
+def _linear_awq(_launch, *operands) -> torch.Tensor:
+    from ..kernels import awq as kernels
+
+    return kernels.linear(*operands)
+
+
+def _linear_nvfp4(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *operands) -> torch.Tensor:
+    """A file may have shapes that the kernels do not take: groups are 16 wide, and rows of y not 16 bytes."""
+    if x.shape[-1] % plan.GROUP or weight.shape[0] % 8:
+        return nvfp4._linear_nvfp4_reference(x, smooth_factor, proj_down, weight, *operands)
+    from ..kernels import nvfp4 as kernels
+
+    return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
+
+
 # The first eight operands of every linear are those of ``linear_int4``; the sixth is ``proj_up``.
 _OPERATORS = {
     "quantize_act_int4": _Operator(
@@ -69,6 +93,9 @@ _OPERATORS = {
         lambda launch, *operands: launch.gemm(*operands[:8], norm=operands[8:]),
         5,
     ),
+    "linear_int8": _Operator(int8._linear_int8_reference, _linear_int8, 0),
+    "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
+    "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
 }
 
 _library: torch.library.Library | None = None

@@ -58,7 +58,9 @@ def quantizer(capability: int, rank: int = 32) -> plan.QuantizeBuild:
 @pytest.mark.parametrize("capability", plan.ARCHITECTURES)
 def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> None:
     """No toolkit header is passed, so none is needed; no register lives in local memory."""
-    builds = [quantizer(capability), MEDIUM, LARGE]
+    bf16 = capability >= 80
+    builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16), plan.GemvAwqBuild(bf16)]
+    builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     for build in builds:
         if plan.runs_on(build, capability):
             mix = sass.mix(disassembled(build, capability, folder))
@@ -98,6 +100,28 @@ def test_gemm_main_loop_is_lean(build: plan.GemmBuild, capability: int, folder: 
     assert {i.address for i in loop} <= {i.address for i in stage}
     whole = len(stage) + (build.tile.groups - 1) * len(loop)
     assert whole <= 12.6 * build.tile.groups * len(products)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 120])
+def test_int8_main_loop_is_lean(capability: int, folder: Path) -> None:
+    """A stage of 64 columns: products of bytes, and little more than its share of copies and fragments."""
+    tile = plan.INT8_TILES[0]
+    loop = sass.main_loop(list(disassembled(plan.Int8GemmBuild(capability >= 80, tile), capability, folder)), "IMMA")
+    products = [i for i in loop if i.opcode.startswith("IMMA")]
+    shape, columns = ("16832", 32) if capability >= 80 else ("8816", 16)
+    assert all(i.opcode.startswith(f"IMMA.{shape}.S8.S8") for i in products)
+    rows = 16 if capability >= 80 else 8
+    assert len(products) == tile.wm // rows * (tile.wn // 8) * (64 // columns)
+    assert not {"LDL", "STL", "I2F", "I2FP"} & set(sass.mix(loop))
+    assert len(loop) <= (3.5 if capability >= 80 else 2) * len(products)
+
+
+def test_awq_copies_are_wide_and_ahead(folder: Path) -> None:
+    code = disassembled(plan.GemvAwqBuild(True), 89, folder)
+    copies = [i for i in code if i.opcode.startswith("LDGSTS")]
+    assert copies
+    assert all(i.opcode.endswith(".128") for i in copies)
+    assert sass.mix(list(code))["HMMA"] == 32, "eight for each of a stage's groups"
 
 
 @pytest.mark.parametrize("capability", [86, 89])
