@@ -1,17 +1,19 @@
-"""Image quality of the quantization methods on the demo model: the paper's ablation (figure 8).
+"""Image quality of the quantization methods on the demo model: the paper's ablation (figures 8, 10 and 11).
 
     python -m benchmarks.demo_quality
 
-Draws the same prompts and seeds with the 16-bit model and with each quantized one, and writes PSNR and
-SSIM to ``benchmarks/results/demo_quality.json`` and a bar chart beside it. Needs ComfyUI (``make test``
-fetches it) and runs on the CPU.
+Draws the same prompts and seeds with the 16-bit model and with each quantized one, and writes PSNR and SSIM to
+``benchmarks/results/demo_quality.json`` with a bar chart beside it; then quality and size against the rank of the
+low-rank branch to ``rank_sweep.json`` and ``.png``. Needs ComfyUI (``make test`` fetches it) and runs on the CPU.
 """
 
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,75 +21,102 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.methods import METHODS, PAPER, Method
 from demo.compare import psnr, ssim
 from demo.in_process import DemoHost
 from demo.settings import CALIBRATION_PROMPTS, PROMPTS, SAMPLING
 from svdq_core.quantizer.pipeline import Settings, plan, quantize_checkpoint
-from svdq_core.quantizer.recipes import RECIPES, Recipe
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-RANK = 32
+MORE_PROMPTS = (
+    "cookie",
+    "tulip",
+    "cat face",
+    "turtle on a blue background",
+    "bicycle",
+    "bell on a yellow background",
+    "key on a green background",
+    "crescent moon on a black background",
+)
+RANKS = (0, 8, 16, 32, 64, 128)
+SWEPT = (PAPER, "ours, balanced")
+SWEEP_PROMPTS = 16
 
 
-# What each bar of the chart is: recipe and rank.
-METHODS = {
-    "naive rounding": (Recipe(smooth=False), 0),
-    "smoothing only": (Recipe(), 0),
-    "SVD only": (Recipe(smooth=False), RANK),
-    "SVDQuant (balanced)": (RECIPES["balanced"], RANK),
-    "best": (RECIPES["best"], RANK),
-}
+class Trial:
+    """The demo model, its 16-bit images and its calibration, against which methods are tried."""
+
+    def __init__(self) -> None:
+        self.host = DemoHost()
+        from svdq_core.host.source import ModelSource  # imports ComfyUI, which the line above made importable
+
+        model = self.host.load_demo()
+        self.prompts = (*PROMPTS, *MORE_PROMPTS)
+        self.references = draw(self.host, model, "16-bit", self.prompts)
+        self._source = ModelSource(model)
+        planned = plan(self._source, Settings())
+        self._calibration = self.host.calibrate(model, planned.layers, CALIBRATION_PROMPTS)
+
+    def measure(self, title: str, method: Method, prompts: int | None = None) -> dict[str, float]:
+        """Size, seconds and quality of a method, over the first ``prompts`` or all of them."""
+        settings = Settings(method.precision, rank=method.rank, max_error=math.inf)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantized.safetensors"
+            report = quantize_checkpoint(self._source, path, settings, self._calibration, recipe=method.recipe)
+            images = draw(self.host, self.host.load(path), title, self.prompts[:prompts])
+        row = {
+            "rank": method.rank,
+            "size_ratio": round(report.size_ratio, 3),
+            "quantize_seconds": round(report.seconds, 2),
+            **measure(images, self.references[:prompts]),
+        }
+        tqdm.write(f"{title:24} rank {method.rank:3} PSNR {row['psnr_db']:.2f} dB")
+        return row
 
 
 def main() -> None:
-    """Run everything, write the JSON and the chart."""
+    """Run everything, write the JSON files and the charts."""
     start = time.monotonic()
-    host = DemoHost()
-    from svdq_core.host.source import ModelSource  # imports ComfyUI, which the line above made importable
-
-    model = host.load_demo()
-    references = draw(host, model, "16-bit")
-    source = ModelSource(model)
-    calibration = host.calibrate(model, plan(source, Settings()).layers, CALIBRATION_PROMPTS)
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (recipe, rank) in METHODS.items():
-            path = Path(folder) / "quantized.safetensors"
-            report = quantize_checkpoint(source, path, Settings(rank=rank), calibration, overwrite=True, recipe=recipe)
-            images = draw(host, host.load(path), name)
-            rows[name] = {
-                "rank": rank,
-                "size_ratio": round(report.size_ratio, 3),
-                "quantize_seconds": round(report.seconds, 2),
-                **measure(images, references),
-            }
-            tqdm.write(f"{name:22} PSNR {rows[name]['psnr_db']:.2f} dB")
-    result = {
+    RESULTS.mkdir(exist_ok=True)
+    trial = Trial()
+    about = {
         "command": "python -m benchmarks.demo_quality",
         "model": "demo/assets/svdquant_demo_flux.safetensors",
         "reference": "the 16-bit model, same prompts and seeds, all on the CPU in float32",
-        "prompts": len(PROMPTS),
+        "prompts": len(trial.prompts),
         "calibration_prompts": len(CALIBRATION_PROMPTS),
         "sampling": SAMPLING,
         "torch": torch.__version__,
-        "host": host.version,
+        "host": trial.host.version,
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "seconds": round(time.monotonic() - start),
-        "methods": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo_quality.json").write_text(json.dumps(result, indent=2) + "\n")
-    chart(rows, len(PROMPTS), RESULTS / "demo_quality.png")
+    rows = {name: trial.measure(name, method) for name, method in METHODS.items()}
+    write("demo_quality.json", about | {"seconds": round(time.monotonic() - start), "methods": rows})
+    chart(rows, len(trial.prompts), RESULTS / "demo_quality.png")
+
+    start = time.monotonic()
+    sweep = {
+        name: [trial.measure(name, Method(METHODS[name].recipe, rank), SWEEP_PROMPTS) for rank in RANKS]
+        for name in SWEPT
+    }
+    about |= {"prompts": SWEEP_PROMPTS, "seconds": round(time.monotonic() - start)}
+    write("rank_sweep.json", about | {"methods": sweep})
+    rank_chart(sweep, RESULTS / "rank_sweep.png")
 
 
-def draw(host, model, title: str) -> list[Image.Image]:
+def write(name: str, result: dict) -> None:
+    """A result as JSON."""
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def draw(host, model, title: str, prompts: Sequence[str] = PROMPTS) -> list[Image.Image]:
     """The image of every prompt, seed = its place in the list."""
     return [
         host.draw(model, prompt, seed)
-        for seed, prompt in enumerate(tqdm(PROMPTS, desc=title, leave=False, mininterval=5))
+        for seed, prompt in enumerate(tqdm(prompts, desc=title, leave=False, mininterval=5))
     ]
 
 
@@ -105,16 +134,40 @@ def measure(images: list[Image.Image], references: list[Image.Image]) -> dict[st
 
 def chart(rows: dict, prompts: int, path: Path) -> None:
     """Bars of mean PSNR with the standard error over prompts."""
-    figure, axes = plt.subplots(figsize=(7, 3))
+    figure, axes = plt.subplots(figsize=(7, 3.8))
     names = list(rows)
     values = [rows[name]["psnr_db"] for name in names]
     errors = [rows[name]["psnr_db_standard_error"] for name in names]
-    bars = axes.barh(names, values, xerr=errors, color="#4c78a8")
+    colours = ["#f58518" if name.startswith("ours") else "#4c78a8" for name in names]
+    bars = axes.barh(names, values, xerr=errors, color=colours)
     axes.bar_label(bars, [f" {value:.1f}" for value in values], padding=6)
     axes.set_xlabel(f"PSNR against 16 bits, dB (mean of {prompts} prompts, standard error)")
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, max(values) * 1.12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def rank_chart(sweep: dict[str, list[dict]], path: Path) -> None:
+    """Quality against rank, and against size."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for (name, rows), colour in zip(sweep.items(), ("#4c78a8", "#f58518"), strict=True):
+        for axes, key in zip(panels, ("rank", "size_ratio"), strict=True):
+            axes.errorbar(
+                [row[key] for row in rows],
+                [row["psnr_db"] for row in rows],
+                [row["psnr_db_standard_error"] for row in rows],
+                marker="o",
+                capsize=3,
+                color=colour,
+                label=name,
+            )
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_xlabel("rank of the low-rank branch")
+    panels[1].set_xlabel("times smaller than 16 bits (quantized layers)")
+    panels[0].set_ylabel("PSNR, dB")
+    panels[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

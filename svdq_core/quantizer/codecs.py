@@ -20,9 +20,15 @@ class Codec(ABC):
 
     Attributes:
         shift: added to the layer's input before it is smoothed and quantized.
+        act_unsigned: whether codes of the input are never negative.
+        group_size: values along K that share a scale; None where a whole row does.
+        act_limit, weight_limit: steps that a scale divides the largest value into.
     """
 
     shift = 0.0
+    act_unsigned = False
+    group_size: int | None = None
+    act_limit = weight_limit = 1.0
 
     @abstractmethod
     def scales(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -65,9 +71,13 @@ class Codec(ABC):
 class Int4(Codec):
     """``svdquant_w4a4``."""
 
+    group_size = int4.GROUP_SIZE
+    weight_limit = int4.SIGNED_MAX
+
     def __init__(self, act_unsigned: bool):
         self.shift = int4.GELU_SHIFT if act_unsigned else 0.0
-        self._unsigned = act_unsigned
+        self.act_unsigned = act_unsigned
+        self.act_limit = int4.UNSIGNED_MAX if act_unsigned else int4.SIGNED_MAX
 
     def scales(self, weight, dtype):
         largest = weight.unflatten(-1, (-1, int4.GROUP_SIZE)).abs().amax(dim=-1)
@@ -77,11 +87,14 @@ class Int4(Codec):
         return values.round().clamp(-int4.SIGNED_MAX, int4.SIGNED_MAX).to(torch.int8)
 
     def activations(self, x):
-        return int4.dequantize(*int4.quantize_groups(x, self._unsigned))
+        return int4.dequantize(*int4.quantize_groups(x, self.act_unsigned))
 
 
 class NVFP4(Codec):
     """``svdquant_nvfp4``."""
+
+    group_size = nvfp4.GROUP_SIZE
+    act_limit = weight_limit = nvfp4.LARGEST
 
     # Where the largest calibrated activation should lie: an eighth of what E4M3 scales reach leaves room for
     # larger ones later, and lets groups 3500 times smaller keep a normal scale.
@@ -116,6 +129,8 @@ class NVFP4(Codec):
 
 class Int8(Codec):
     """``svdquant_w8a8``."""
+
+    act_limit = weight_limit = int8.LARGEST
 
     def scales(self, weight, dtype):
         return {"weight_scale": weight.abs().amax(dim=-1) / int8.LARGEST}

@@ -7,42 +7,58 @@ _EPSILON = 1e-14  # relative, of a squared float64 quantity
 
 
 def truncated_svd(
-    matrix: torch.Tensor, rank: int, generator: torch.Generator, power_iterations: int = 4
+    matrix: torch.Tensor,
+    rank: int,
+    generator: torch.Generator,
+    metric: torch.Tensor | None = None,
+    power_iterations: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best approximation of rank ``rank``, by randomized subspace iteration.
 
     Halko, Martinsson, Tropp (2011), algorithm 4.4. A weight's leading singular values stand out, so a
     few iterations give the truncated SVD to well below the precision of the 16-bit factors.
 
+    In a metric S over the columns, tr (M - A) S (M - A)^T is least for ``A = U U^T M``, with U the leading
+    eigenvectors of ``M S M^T``: the metric never needs a root or an inverse.
+
     Args:
         matrix: (N, K) float32.
         rank: columns of the factors; 0 gives empty factors.
         generator: on the CPU, so that every device draws the same start.
+        metric: (K, K) float32, positive semidefinite, or its diagonal (K,); None for the plain SVD.
         power_iterations: passes over the matrix and back.
 
     Returns:
-        up (N, rank) and down (K, rank) with ``matrix ~ up @ down.T``; the singular values are shared
-        evenly between the two, which keeps both inside 16-bit range.
+        up (N, rank) and down (K, rank) with ``matrix ~ up @ down.T``; each pair of columns has the same norm
+        in both, which keeps them inside 16-bit range.
     """
     n, k = matrix.shape
     if rank == 0:
         return matrix.new_empty((n, 0)), matrix.new_empty((k, 0))
     width = min(rank + _OVERSAMPLING, n, k)
     start = torch.randn((k, width), generator=generator).to(matrix.device)
-    basis = _orthonormal(matrix @ start)
+    basis = _orthonormal(matrix @ _times(metric, start))
     for _ in range(power_iterations):
-        basis = _orthonormal(matrix @ (matrix.t() @ basis))
-    inside = (basis.t() @ matrix).double()  # (width, K): the matrix as the basis sees it
-    squares, left = torch.linalg.eigh(inside @ inside.t())
+        basis = _orthonormal(matrix @ _times(metric, matrix.t() @ basis))
+    inside = matrix.t() @ basis  # (K, width): the matrix as the basis sees it
+    left = torch.linalg.eigh(inside.double().t() @ _times(metric, inside).double()).eigenvectors.float()
     kept = min(rank, width)
-    squares, left = squares.flip(0)[:kept].clamp(min=0), left.flip(1)[:, :kept]
-    root = squares**0.25  # of the singular values
-    inverse_root = torch.where(squares > _EPSILON * squares[0], 1 / root, 0.0)
+    left = left.flip(1)[:, :kept]
+    down_kept = inside @ left
+    root = down_kept.norm(dim=0).sqrt()
+    # Directions that hold nothing but float32 noise would be blown up by the division.
+    inverse_root = torch.where(root > _EPSILON**0.25 * root.amax(), 1 / root, 0.0)
     up = torch.zeros((n, rank), device=matrix.device)
     down = torch.zeros((k, rank), device=matrix.device)
-    up[:, :kept] = basis @ (left * root).float()
-    down[:, :kept] = (inside.t() @ (left * inverse_root)).float()
+    up[:, :kept] = basis @ (left * root)
+    down[:, :kept] = down_kept * inverse_root
     return up, down
+
+
+def _times(metric: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    if metric is None:
+        return columns
+    return metric[:, None] * columns if metric.dim() == 1 else metric @ columns
 
 
 def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:

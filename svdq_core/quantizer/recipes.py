@@ -5,9 +5,10 @@ chooses is which steps run and how hard they look; ``RECIPES`` holds the three t
 weight-only formats there is nothing to smooth and no low-rank part: only rounding is left.
 """
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,33 +18,43 @@ from ..layers import SVDQLinear
 from . import rounding, smoothing
 from .codecs import Codec, codec_of
 from .lowrank import truncated_svd
+from .moments import InputMoments
 from .statistics import LayerStatistics, layer_seed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which steps a quantization takes.
+    """Which steps a quantization takes; the defaults are the plainest: split, round to nearest.
 
     Attributes:
-        smooth: search a smoothing factor against the layer's output error (needs calibration).
-        refine: times to refit the low-rank branch to what rounding lost, keeping the best.
-        gptq: round with GPTQ instead of to nearest (needs calibration).
+        smooth: how the smoothing factor is found: not at all, by the paper's grid search or by descent (both
+            need calibration).
+        split: whether the branch is fitted to the weight before anything is rounded; without, to the error only.
+        clip: whether scales may clip the largest weights.
+        moments: whether the branch and the rounding (GPTQ, of a weight that makes up for the noise of the input's
+            codes) are fitted to the input's second moments, and not to the weight alone (needs calibration).
+        rounds: how often the rest is rounded at most, the branch fitted to the error in between; the best is kept,
+            and the first that is no better ends it.
+        refit: whether a round ends with the branch fitted to the error of its codes, where that is better.
     """
 
-    smooth: bool = True
-    refine: int = 0
-    gptq: bool = False
+    smooth: Literal["none", "grid", "descent"] = "none"
+    split: bool = True
+    clip: bool = False
+    moments: bool = False
+    rounds: int = 1
+    refit: bool = False
 
     @property
     def calibrates(self) -> bool:
         """Whether the recipe needs calibration statistics."""
-        return self.smooth or self.gptq
+        return self.smooth != "none" or self.moments
 
 
 RECIPES = {
-    "fast": Recipe(smooth=False),
-    "balanced": Recipe(),
-    "best": Recipe(refine=8, gptq=True),
+    "fast": Recipe(clip=True, refit=True),
+    "balanced": Recipe(smooth="descent", clip=True, moments=True, refit=True),
+    "best": Recipe(smooth="descent", clip=True, moments=True, rounds=8, refit=True),
 }
 
 
@@ -87,9 +98,8 @@ def quantize_layer(
     """
     _check(spec, weight, bias, statistics)
     if spec.layout.low_rank:
-        work = _Layer(spec, weight.float(), statistics, recipe, seed)
-        best = min((work.attempt(factor) for factor in work.smoothing_factors()), key=lambda found: found.error)
-        tensors = work.tensors(work.polish(best), bias)
+        found = _Layer(spec, weight.float(), statistics, recipe, seed).quantized()
+        tensors = found.tensors(spec, bias)
     else:
         tensors = _weight_only(spec, weight.float(), bias)
     return QuantizedLayer(spec, tensors, *_measure(spec, tensors, weight, bias, statistics))
@@ -121,6 +131,29 @@ class _Attempt:
     codes: torch.Tensor  # (N, K) int8
     scales: dict[str, torch.Tensor]  # the format's
 
+    def rounded(self, codec: Codec) -> torch.Tensor:
+        """(N, K) float32: the quantized part of the smoothed weight."""
+        return rounding.dequantize(self.codes, codec, codec.step(self.scales))
+
+    def tensors(self, spec: LayerSpec, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The layer as the file will hold it."""
+        codec = codec_of(spec)
+        tensors = {
+            "weight": codec.pack(self.codes),
+            **self.scales,
+            "smooth_factor": self.smooth_factor,
+            "proj_down": self.proj_down,
+            "proj_up": self.proj_up,
+        }
+        if spec.bias:
+            shifted = torch.zeros(spec.out_features, device=self.codes.device)
+            if bias is not None:
+                shifted += bias.float()
+            if codec.shift:
+                shifted -= self.rounded(codec) @ (codec.shift / self.smooth_factor.float())
+            tensors["bias"] = shifted.to(spec.dtype)
+        return tensors
+
 
 class _Layer:
     """The layer being quantized: its float32 weight, and sampled inputs to fit to and to judge by."""
@@ -128,106 +161,120 @@ class _Layer:
     def __init__(self, spec, weight, statistics, recipe, seed):
         self.spec, self.weight, self.recipe = spec, weight, recipe
         self.codec = codec_of(spec)
-        self.seed = layer_seed(seed, spec.name)
-        self.statistics = statistics
+        self._seed = layer_seed(seed, spec.name)
+        self._statistics = statistics
         self.inputs = None if statistics is None else statistics.sample.to(weight.device).float()
-        self.fit_inputs = self.inputs
-        if recipe.gptq:
-            # GPTQ can fit its own inputs arbitrarily well; it is judged on rows that it did not see.
-            held_out = torch.arange(len(self.inputs), device=weight.device) % 4 == 0
-            self.inputs, self.fit_inputs = self.inputs[held_out], self.inputs[~held_out]
 
-    def smoothing_factors(self):
-        if not self.recipe.smooth:
-            yield torch.ones(self.spec.in_features, dtype=self.spec.dtype, device=self.weight.device)
-            return
-        low = self.statistics.minimum.to(self.weight.device)
-        high = self.statistics.maximum.to(self.weight.device)
-        if self.spec.act_unsigned:
-            act_range = (high + self.codec.shift).clamp(min=0)
-        else:
-            act_range = torch.maximum(high.abs(), low.abs())
-        for factor in smoothing.candidates(act_range, self.weight, self.spec.dtype):
-            yield self.codec.smooth_factor(factor, act_range)
-
-    def attempt(self, smooth_factor: torch.Tensor) -> _Attempt:
-        """Low rank, then round to nearest."""
-        smoothed = self.weight * smooth_factor.float()
-        return self._split(smooth_factor, smoothed, smoothed, rounding.round_to_nearest)
-
-    def polish(self, best: _Attempt) -> _Attempt:
-        """The slower steps, on the smoothing that won; each result is kept only if it is better."""
-        smoothed = self.weight * best.smooth_factor.float()
-        round_weight = rounding.round_to_nearest
+    def quantized(self) -> _Attempt:
+        """Follow the recipe: smooth, then round and fit the branch in turns."""
+        starts = (_Smoothed(self, factor) for factor in self._smoothing_factors())
+        smoothed, best = min(((each, each.first()) for each in starts), key=lambda start: start[1].error)
         current = best
-        if self.recipe.gptq:
-            seen = self._quantized(self.fit_inputs, best.smooth_factor)
-            round_weight = functools.partial(rounding.gptq, inputs=seen)
-            current = self._split(best.smooth_factor, smoothed, smoothed, round_weight)
-            best = min(best, current, key=lambda found: found.error)
-        for _ in range(self.recipe.refine):
-            current = self._split(best.smooth_factor, smoothed, smoothed - self._rounded(current), round_weight)
-            best = min(best, current, key=lambda found: found.error)
+        for _ in range(1, self.recipe.rounds):
+            current = smoothed.next(current)
+            if not current.error < best.error:
+                break
+            best = current
         return best
 
-    def tensors(self, found: _Attempt, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The layer as the file will hold it."""
+    def fit(self, matrix: torch.Tensor, metric: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up (N, r) and down (K, r) of the branch nearest to an (N, K) matrix."""
+        return truncated_svd(matrix, self.spec.rank, torch.Generator().manual_seed(self._seed), metric)
+
+    def _smoothing_factors(self) -> Iterator[torch.Tensor]:
         dtype = self.spec.dtype
-        tensors = {
-            "weight": self.codec.pack(found.codes),
-            **found.scales,
-            "smooth_factor": found.smooth_factor,
-            "proj_down": found.proj_down,
-            "proj_up": found.proj_up,
-        }
-        if self.spec.bias:
-            shifted = torch.zeros(self.spec.out_features, device=self.weight.device)
-            if bias is not None:
-                shifted += bias.float()
-            if self.codec.shift:
-                shifted -= self._rounded(found) @ (self.codec.shift / found.smooth_factor.float())
-            tensors["bias"] = shifted.to(dtype)
-        return tensors
+        if self.recipe.smooth == "none":
+            yield torch.ones(self.spec.in_features, dtype=dtype, device=self.weight.device)
+            return
+        low = self._statistics.minimum.to(self.weight.device)
+        high = self._statistics.maximum.to(self.weight.device)
+        act_range = (high + self.codec.shift).clamp(min=0) if self.codec.act_unsigned else high.maximum(-low)
+        if self.recipe.smooth == "grid":
+            factors = smoothing.candidates(act_range, self.weight, dtype)
+        else:
+            start = smoothing.migrated(act_range, self.weight, 0.5, 0.5, dtype)
+            up, down = self.fit(self.weight * start.float(), None)
+            rest = self.weight - up @ (down / start.float()[:, None]).t()
+            factors = (smoothing.descend(start, self.inputs + self.codec.shift, rest, self.codec),)
+        for factor in factors:
+            yield self.codec.smooth_factor(factor, act_range)
 
-    def _split(
-        self,
-        smooth_factor: torch.Tensor,
-        smoothed: torch.Tensor,
-        to_approximate: torch.Tensor,
-        round_weight: Callable[[torch.Tensor, Codec, torch.Tensor], torch.Tensor],
-    ) -> _Attempt:
-        """Fit the low-rank branch to ``to_approximate`` and round what it leaves of ``smoothed``."""
-        dtype, factor = self.spec.dtype, smooth_factor.float()
-        generator = torch.Generator().manual_seed(self.seed)
-        up, down = truncated_svd(to_approximate, self.spec.rank, generator)
-        # The residual is taken from the branch as stored, so its rounding to 16 bits is made up for.
-        proj_down, proj_up = (down / factor[:, None]).to(dtype), up.to(dtype)
-        residual = smoothed - proj_up.float() @ (proj_down.float() * factor[:, None]).t()
-        scales = self.codec.scales(residual, dtype)
-        step = self.codec.step(scales)
-        codes = round_weight(residual, self.codec, step)
-        error = self._error(residual, rounding.dequantize(codes, self.codec, step), smooth_factor)
-        return _Attempt(error, smooth_factor, proj_down, proj_up, codes, scales)
 
-    def _error(self, residual, rounded, smooth_factor) -> float:
+class _Smoothed:
+    """The layer under one smoothing factor."""
+
+    def __init__(self, layer: _Layer, factor: torch.Tensor):
+        self._layer, self._factor = layer, factor
+        self._recipe, self._codec = layer.recipe, layer.codec
+        scale = factor.float()
+        self._weight = layer.weight * scale
+        if layer.inputs is not None:
+            # What the codes of the shifted input stand for; the bias takes the shift back.
+            self._inputs = layer.inputs / scale
+            self._quantized = self._codec.activations((layer.inputs + self._codec.shift) / scale)
+            self._quantized -= self._codec.shift / scale
+        self._metric = self._first_metric = None
+        if layer.recipe.moments:
+            moments = InputMoments(self._inputs, self._quantized)
+            self._spread = moments.spread()
+            self._moments, self._metric, self._first_metric = moments, moments.signal, moments.cost
+
+    def first(self) -> _Attempt:
+        """The first round."""
+        if not self._recipe.split:
+            n, k = self._weight.shape
+            rank, device, dtype = self._layer.spec.rank, self._weight.device, self._layer.spec.dtype
+            return self._round(*(torch.zeros((size, rank), device=device, dtype=dtype) for size in (k, n)))
+        return self._round(*self._fit(self._weight, self._first_metric))
+
+    def next(self, current: _Attempt) -> _Attempt:
+        """A round on top of another one."""
+        return self._round(*self._fit(self._weight - current.rounded(self._codec), self._metric))
+
+    def _fit(self, matrix: torch.Tensor, metric: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branch as stored: down (K, r), which sees the unsmoothed input, and up (N, r)."""
+        up, down = self._layer.fit(matrix, metric)
+        dtype = self._layer.spec.dtype
+        return (down / self._factor.float()[:, None]).to(dtype), up.to(dtype)
+
+    def _rest(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
+        """(N, K) what a branch leaves of the smoothed weight; its own rounding to 16 bits is made up for."""
+        return self._weight - proj_up.float() @ (proj_down.float() * self._factor.float()[:, None]).t()
+
+    def _round(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> _Attempt:
+        """Round what the branch leaves; then, if so asked, fit the branch to what the codes leave."""
+        codec, dtype = self._codec, self._layer.spec.dtype
+        target = rest = self._rest(proj_down, proj_up)
+        if self._recipe.moments:
+            target = self._moments.compensated(rest, self._spread)
+        scales = codec.scales(target, dtype)
+        if self._recipe.clip:
+            power = self._moments.power if self._recipe.moments else torch.ones_like(target[0])
+            scales = rounding.clipped_scales(scales, target, codec, power)
+        step = codec.step(scales)
+        if self._recipe.moments:
+            codes = rounding.gptq(target, codec, step, self._spread)
+        else:
+            codes = rounding.round_to_nearest(target, codec, step)
+        rounded = rounding.dequantize(codes, codec, step)
+        best = _Attempt(self._error(rest, rounded), self._factor, proj_down, proj_up, codes, scales)
+        if not self._recipe.refit:
+            return best
+        # Nothing makes up for the 16-bit rounding of a branch that comes last: with 8-bit codes it can lose.
+        proj_down, proj_up = self._fit(self._weight - rounded, self._metric)
+        error = self._error(self._rest(proj_down, proj_up), rounded)
+        if error < best.error:
+            best = dataclasses.replace(best, error=error, proj_down=proj_down, proj_up=proj_up)
+        return best
+
+    def _error(self, rest: torch.Tensor, rounded: torch.Tensor) -> float:
         """Error of the layer's output; of the weight where there are no inputs.
 
-        The low-rank branch sees the input in full precision, so only the residual's product differs.
+        The low-rank branch sees the input in full precision, so only the rest's product differs.
         """
-        if self.inputs is None:
-            return float(torch.linalg.norm(residual - rounded))
-        factor = smooth_factor.float()
-        exact = (self.inputs / factor) @ residual.t()
-        quantized = (self._quantized(self.inputs, smooth_factor) - self.codec.shift / factor) @ rounded.t()
-        return float(torch.linalg.norm(exact - quantized))
-
-    def _quantized(self, inputs: torch.Tensor, smooth_factor: torch.Tensor) -> torch.Tensor:
-        """(R, K) inputs as the kernel's codes represent them."""
-        return self.codec.activations((inputs + self.codec.shift) / smooth_factor.float())
-
-    def _rounded(self, found: _Attempt) -> torch.Tensor:
-        """(N, K) float32: the quantized part of the smoothed weight."""
-        return rounding.dequantize(found.codes, self.codec, self.codec.step(found.scales))
+        if self._layer.inputs is None:
+            return float(torch.linalg.norm(rest - rounded))
+        return float(torch.linalg.norm(self._inputs @ rest.t() - self._quantized @ rounded.t()))
 
 
 def _measure(spec, tensors, weight, bias, statistics) -> tuple[float, float | None]:

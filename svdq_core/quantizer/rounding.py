@@ -5,6 +5,7 @@ import torch
 from .codecs import Codec
 
 _BLOCK = 64  # columns whose errors are pushed on together
+_CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest value
 
 
 def round_to_nearest(weight: torch.Tensor, codec: Codec, step: torch.Tensor) -> torch.Tensor:
@@ -24,9 +25,31 @@ def dequantize(codes: torch.Tensor, codec: Codec, step: torch.Tensor) -> torch.T
     return (codec.decode(codes).unflatten(-1, (step.shape[1], -1)) * step.unsqueeze(-1)).flatten(-2)
 
 
-def gptq(
-    weight: torch.Tensor, codec: Codec, step: torch.Tensor, inputs: torch.Tensor, damping: float = 0.1
-) -> torch.Tensor:
+def clipped_scales(
+    scales: dict[str, torch.Tensor], weight: torch.Tensor, codec: Codec, power: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Scales that clip a group's largest weights where the other weights gain more than those lose.
+
+    Args:
+        scales: as ``codec.scales`` made them.
+        weight: (N, K) float32, offset taken off.
+        codec: of the layer's format.
+        power: (K,) what each column's squared error weighs.
+    """
+    full = scales["weight_scale"]
+    for ratio in _CLIPPING:
+        step = codec.step(scales | {"weight_scale": (full.float() * ratio).to(full.dtype)})
+        wrong = dequantize(round_to_nearest(weight, codec, step), codec, step).sub_(weight).square_().mul_(power)
+        error = wrong.unflatten(-1, (step.shape[1], -1)).sum(dim=-1)
+        if ratio == 1.0:
+            least, best = error, torch.ones_like(error)
+        else:
+            best = torch.where(error < least, ratio, best)
+            least = torch.minimum(error, least)
+    return scales | {"weight_scale": (full.float() * best.t().reshape(full.shape)).to(full.dtype)}
+
+
+def gptq(weight: torch.Tensor, codec: Codec, step: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """(N, K) int8 codes that keep the layer's output close, not each weight (GPTQ, arXiv 2210.17323).
 
     Columns are rounded one after the other; each one's error is pushed onto the columns still to come,
@@ -34,30 +57,23 @@ def gptq(
 
     Args:
         weight, codec, step: as for :func:`round_to_nearest`.
-        inputs: (R, K) float32 inputs of the layer, as the kernel will see them.
-        damping: share of the mean diagonal added to the Hessian; larger than GPTQ's usual 0.01,
-            because the rows are few.
+        spread: (K, K) float32, upper triangular, of :meth:`~.moments.InputMoments.spread`.
     """
     k, groups = weight.shape[1], step.shape[1]
-    hessian = inputs.t() @ inputs
-    mean = hessian.diagonal().mean()
-    if mean <= 0:
-        return round_to_nearest(weight, codec, step)
-    hessian.diagonal().add_(damping * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    # Row i of the upper factor holds how column i's error spreads over the columns after it.
-    spread = torch.linalg.cholesky(inverse, upper=True)
-    weight = weight.clone()
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    inverse_step = torch.where(step > 0, 1 / step, 0.0)
+    inverse_step = torch.where(step > 0, 1 / step, 0.0).t().contiguous()
+    step = step.t().contiguous()
+    rest = weight.t().clone(memory_format=torch.contiguous_format)  # a column lies in one piece
+    codes = torch.empty(rest.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, k, _BLOCK):
         stop = start + _BLOCK
-        block, errors = weight[:, start:stop].clone(), torch.empty_like(weight[:, start:stop])
+        block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+        own = spread[start:stop, start:stop] / spread.diagonal()[start:stop, None]
         for j in range(_BLOCK):
-            column, group = block[:, j], (start + j) * groups // k
-            code = codec.encode(column * inverse_step[:, group])
-            codes[:, start + j] = code
-            errors[:, j] = (column - codec.decode(code) * step[:, group]) / spread[start + j, start + j]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * spread[start + j, start + j + 1 : stop]
-        weight[:, stop:] -= errors @ spread[start:stop, stop:]
-    return codes
+            group = (start + j) * groups // k
+            code = codec.encode(block[j] * inverse_step[group])
+            codes[start + j] = code
+            torch.sub(block[j], codec.decode(code) * step[group], out=errors[j])
+            block[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
+        onto = spread[start:stop, stop:] / spread.diagonal()[start:stop, None]
+        rest[stop:].addmm_(onto.t(), errors, alpha=-1)
+    return codes.t().contiguous()

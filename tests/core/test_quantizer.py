@@ -61,13 +61,11 @@ def output_error(name, quantized):
 
 def test_each_step_of_the_method_pays(calibration):
     """The paper's ablation (figure 8) on one layer: rounding < smoothing < both with low rank."""
-    naive = output_error(LAYER, quantize(Recipe(smooth=False), calibration, rank=0))
-    smoothed = output_error(LAYER, quantize(Recipe(), calibration, rank=0))
-    low_rank = output_error(LAYER, quantize(Recipe(smooth=False), calibration))
-    both = output_error(LAYER, quantize(RECIPES["balanced"], calibration))
-    best = output_error(LAYER, quantize(RECIPES["best"], calibration))
+    naive = output_error(LAYER, quantize(Recipe(), calibration, rank=0))
+    smoothed = output_error(LAYER, quantize(Recipe(smooth="grid"), calibration, rank=0))
+    low_rank = output_error(LAYER, quantize(Recipe(), calibration))
+    both = output_error(LAYER, quantize(Recipe(smooth="grid"), calibration))
     assert both < smoothed < naive and both < low_rank < naive
-    assert best <= 1.02 * both
 
 
 def test_unsigned_codes_serve_a_gelu_better(calibration):
@@ -239,13 +237,3 @@ def test_other_models_and_quantized_ones_are_refused(full, tmp_path):
     quantize_checkpoint(FileSource(full), tmp_path / "q.safetensors", Settings(recipe="fast"))
     with pytest.raises(CheckpointError, match="quantized already"):
         plan(FileSource(tmp_path / "q.safetensors"), Settings())
-
-
-def test_an_interrupt_in_the_middle_leaves_nothing(full, tmp_path):
-    def interrupt(done, total, text):
-        if done == total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(FileSource(full), tmp_path / "q", Settings(recipe="fast"), progress=interrupt)
-    assert not os.listdir(tmp_path)
