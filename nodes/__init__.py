@@ -1,5 +1,6 @@
 """The nodes, one file per family. Ids and inputs are saved in users' graphs: add, never rename."""
 
+from .calibrate import SVDQuantCalibrate
 from .compare import SVDQuantCompare
 from .inspect import SVDQuantInspect
 from .loader import SVDQuantModelLoader
@@ -9,6 +10,7 @@ from .quantize import SVDQuantQuantizeCheckpoint
 NODE_CLASS_MAPPINGS = {
     "SVDQuantModelLoader": SVDQuantModelLoader,
     "SVDQuantQuantizeCheckpoint": SVDQuantQuantizeCheckpoint,
+    "SVDQuantCalibrate": SVDQuantCalibrate,
     "SVDQuantLoraApply": SVDQuantLoraApply,
     "SVDQuantInspect": SVDQuantInspect,
     "SVDQuantCompare": SVDQuantCompare,
@@ -17,6 +19,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantModelLoader": "SVDQuant Model Loader",
     "SVDQuantQuantizeCheckpoint": "SVDQuant Quantize Checkpoint",
+    "SVDQuantCalibrate": "SVDQuant Calibrate",
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
     "SVDQuantCompare": "SVDQuant Compare",

@@ -1,9 +1,6 @@
 """SVDQuant Quantize Checkpoint."""
 
-from pathlib import Path
-
 import comfy.model_management
-import comfy.samplers
 import folder_paths
 
 from ..svdq_core.errors import SVDQuantError
@@ -23,6 +20,10 @@ from ..svdq_core.quantizer.pipeline import (
     quantize_checkpoint,
 )
 from ..svdq_core.quantizer.recipes import RECIPES
+from ..svdq_core.quantizer.statistics import Calibration
+from ..svdq_core.summary import kept_lines
+from .calibrate import LATENT, NEGATIVE, SAMPLING_WIDGETS, check_guidance
+from .folders import models_folder, output_path
 
 
 class SVDQuantQuantizeCheckpoint:
@@ -74,9 +75,9 @@ class SVDQuantQuantizeCheckpoint:
                     list(RECIPES),
                     {
                         "default": "balanced",
-                        "tooltip": "fast: no calibration, lower quality. balanced: SVDQuant as "
-                        "published. best: also GPTQ and a refined low-rank branch, several times "
-                        "slower.",
+                        "tooltip": "fast: no calibration, lower quality. balanced: smoothing, low-rank "
+                        "branch and rounding fitted to what each layer sees. best: that in several "
+                        "rounds, slower.",
                     },
                 ),
                 "rank": (
@@ -90,39 +91,7 @@ class SVDQuantQuantizeCheckpoint:
                         "larger and a little slower.",
                     },
                 ),
-                "steps": (
-                    "INT",
-                    {"default": 8, "min": 1, "max": 200, "tooltip": "Calibration: sampling steps."},
-                ),
-                "cfg": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 100.0,
-                        "step": 0.1,
-                        "tooltip": "Calibration: guidance scale. 1 for FLUX and turbo models.",
-                    },
-                ),
-                "sampler_name": (
-                    comfy.samplers.KSampler.SAMPLERS,
-                    {"default": "euler", "tooltip": "Calibration: the sampler you will use."},
-                ),
-                "scheduler": (
-                    comfy.samplers.KSampler.SCHEDULERS,
-                    {"default": "simple", "tooltip": "Calibration: the scheduler you will use."},
-                ),
-                "seed": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "control_after_generate": False,
-                        "tooltip": "Of the calibration's noise and of everything else random: the "
-                        "same seed gives the same file.",
-                    },
-                ),
+                **SAMPLING_WIDGETS,
                 "skip_layers": (
                     "STRING",
                     {
@@ -145,14 +114,8 @@ class SVDQuantQuantizeCheckpoint:
                         "needed for the fast recipe."
                     },
                 ),
-                "negative": (
-                    "CONDITIONING",
-                    {"tooltip": "Calibration: the negative prompt; only needed if cfg is not 1."},
-                ),
-                "latent": (
-                    "LATENT",
-                    {"tooltip": "Calibration: an empty latent of the size you will draw."},
-                ),
+                "negative": NEGATIVE,
+                "latent": LATENT,
                 "save_calibration": (
                     "BOOLEAN",
                     {
@@ -180,6 +143,24 @@ class SVDQuantQuantizeCheckpoint:
                         "weights. 16bit: as they are, a larger file that is a little closer to 16 bits.",
                     },
                 ),
+                "calibration": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "advanced": True,
+                        "tooltip": "A file under the output folder that SVDQuant Calibrate (or save_calibration) "
+                        "wrote: it is used instead of sampling. Empty: sample.",
+                    },
+                ),
+                "keep_broken": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "advanced": True,
+                        "tooltip": "Leave layers with NaN or infinite weights as they are, and report them, instead of "
+                        "stopping.",
+                    },
+                ),
             },
         }
 
@@ -203,23 +184,28 @@ class SVDQuantQuantizeCheckpoint:
         save_calibration=False,
         bake_loras=True,
         modulations="awq_w4a16",
+        calibration="",
+        keep_broken=False,
     ):
         path = output_path(models_folder(), file_name)
         given = model
         if not bake_loras:
             model = without_patches(model)
-        settings = Settings(precision, recipe, rank, tuple(skip_layers.split()), seed, modulations)
+        skip = tuple(skip_layers.split())
+        settings = Settings(precision, recipe, rank, skip, seed, modulations, keep_broken=keep_broken)
         planned = plan(ModelSource(model), settings)
         check_output(path, planned, overwrite)
 
         calibrates = planned.calibrates(RECIPES[recipe])
-        if calibrates:
-            _check_calibration_inputs(recipe, cfg, positive, negative, latent)
-        progress = QuantizationProgress(planned, steps * len(positive) if calibrates else 0)
-        calibration = None
-        if calibrates:
+        output = folder_paths.get_output_directory()
+        statistics = Calibration.load(output_path(output, calibration)) if calibrates and calibration.strip() else None
+        samples = calibrates and statistics is None
+        if samples:
+            _check_sampling_inputs(recipe, cfg, positive, negative, latent)
+        progress = QuantizationProgress(planned, steps * len(positive) if samples else 0)
+        if samples:
             with Interruptible():
-                calibration = calibrate(
+                statistics = calibrate(
                     model,
                     planned.layers,
                     positive,
@@ -233,8 +219,7 @@ class SVDQuantQuantizeCheckpoint:
                     progress.sampled,
                 )
             if save_calibration:
-                output = folder_paths.get_output_directory()
-                calibration.save(output_path(output, f"{file_name}.calibration"), overwrite)
+                statistics.save(output_path(output, f"{file_name}.calibration"), overwrite)
 
         comfy.model_management.unload_all_models()  # the quantizer needs the room, not the model
         source = ModelSource(model)  # only now: one made earlier would keep a second copy of the weights
@@ -244,7 +229,7 @@ class SVDQuantQuantizeCheckpoint:
                 source,
                 path,
                 settings,
-                calibration,
+                statistics,
                 progress.working,
                 overwrite,
                 device,
@@ -256,6 +241,7 @@ class SVDQuantQuantizeCheckpoint:
             f"{done.bytes_4bit / 1e6:.1f} MB); file {done.file_bytes / 1e6:.1f} MB, "
             f"{done.seconds:.1f} s"
         )
+        report = "\n".join([report, *kept_lines(done.kept)])
         chart = [{"name": name, "error": layer_error(errors)} for name, errors in done.layers.items()]
         quantized = load_quantized(path)
         if not bake_loras:
@@ -263,29 +249,8 @@ class SVDQuantQuantizeCheckpoint:
         return {"ui": {"text": [report], "svdquant_layers": chart}, "result": (quantized, report)}
 
 
-def models_folder() -> str:
-    """``models/diffusion_models``; the host lists its older name, ``unet``, before it."""
-    folders = folder_paths.get_folder_paths("diffusion_models")
-    return next((folder for folder in folders if Path(folder).name == "diffusion_models"), folders[0])
-
-
-def output_path(folder: str, file_name: str) -> Path:
-    """The file a user names, inside ``folder`` whatever the name says.
-
-    Raises:
-        SVDQuantError: the name is empty or leads out of the folder.
-    """
-    name = file_name.strip().removesuffix(".safetensors")
-    root = Path(folder).resolve()
-    path = root if not name or "\0" in name else (root / f"{name}.safetensors").resolve()
-    if path == root or not path.is_relative_to(root):
-        raise SVDQuantError(f"file_name {file_name!r} does not name a file inside {folder}")
-    return path
-
-
-def _check_calibration_inputs(recipe, cfg, positive, negative, latent) -> None:
+def _check_sampling_inputs(recipe, cfg, positive, negative, latent) -> None:
     for name, value in (("positive", positive), ("latent", latent)):
         if not value:
             raise SVDQuantError(f"the recipe {recipe!r} is calibrated by sampling: connect {name}, or choose 'fast'.")
-    if cfg != 1 and negative is None:
-        raise SVDQuantError("connect negative, or set cfg to 1 (then it is not used)")
+    check_guidance(cfg, negative)

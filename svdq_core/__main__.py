@@ -1,6 +1,7 @@
-"""The command line: ``python -m svdq_core quantize | inspect | doctor | bench``."""
+"""The command line: ``python -m svdq_core quantize | calibration | inspect | doctor | bench``."""
 
 import argparse
+import logging
 import sys
 
 import torch
@@ -25,13 +26,15 @@ from .summary import summarize_file
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for bad input, with one line that says what)."""
     options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
     try:
         options.command(options)
     except SVDQuantError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cancelled; nothing was written", file=sys.stderr)
+        print("cancelled", file=sys.stderr)
         return 130
     return 0
 
@@ -65,10 +68,31 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", nargs="*", default=(), metavar="LAYER", help="layers to leave in 16 bits (* allowed)"
     )
     quantize.add_argument("--seed", type=int, default=0)
-    quantize.add_argument("--calibration", help="file saved by SVDQuant Quantize Checkpoint")
+    quantize.add_argument("--calibration", help="file saved by SVDQuant Calibrate or SVDQuant Quantize Checkpoint")
+    quantize.add_argument(
+        "--max-error",
+        type=float,
+        default=Settings.max_error,
+        metavar="ERROR",
+        help="a layer whose relative error is larger is kept in 8 or 16 bits (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--keep-broken", action="store_true", help="leave layers with NaN or infinite weights as they are"
+    )
     quantize.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    quantize.add_argument("--overwrite", action="store_true")
+    quantize.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    quantize.add_argument(
+        "--restart", action="store_true", help="begin again instead of going on with what an interrupted run left"
+    )
     quantize.set_defaults(command=_quantize)
+
+    calibration = commands.add_parser("calibration", help="work on calibration files")
+    actions = calibration.add_subparsers(required=True, metavar="action")
+    merge = actions.add_parser("merge", help="one calibration of several of the same model")
+    merge.add_argument("files", nargs="+", metavar="file")
+    merge.add_argument("-o", "--output", required=True, help="the file to write")
+    merge.add_argument("--overwrite", action="store_true")
+    merge.set_defaults(command=_merge)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, per layer")
     inspect.add_argument("file")
@@ -86,7 +110,16 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(options: argparse.Namespace) -> None:
     calibration = Calibration.load(options.calibration) if options.calibration else None
     recipe = options.recipe or ("balanced" if calibration else "fast")
-    settings = Settings(options.precision, recipe, options.rank, tuple(options.skip), options.seed, options.modulations)
+    settings = Settings(
+        options.precision,
+        recipe,
+        options.rank,
+        tuple(options.skip),
+        options.seed,
+        options.modulations,
+        options.max_error,
+        options.keep_broken,
+    )
     source = FileSource(options.source)
     with tqdm(unit="tensor") as bar:
 
@@ -103,11 +136,17 @@ def _quantize(options: argparse.Namespace) -> None:
             progress,
             options.overwrite,
             options.device,
+            restart=options.restart,
         )
-    print(
-        f"{report.path}: {len(report.layers)} layers quantized, {report.size_ratio:.2f}x smaller, "
-        f"file {report.file_bytes / 1e6:.1f} MB, {report.seconds:.1f} s"
-    )
+    print(report.text())
+
+
+def _merge(options: argparse.Namespace) -> None:
+    merged = Calibration.load(options.files[0])
+    for file in options.files[1:]:
+        merged.merge(Calibration.load(file))
+    merged.save(options.output, options.overwrite)
+    print(f"{options.output}: {len(merged.layers)} layers, {sum(layer.count for layer in merged.layers.values())} rows")
 
 
 if __name__ == "__main__":

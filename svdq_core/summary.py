@@ -76,11 +76,18 @@ class Summary:
                 f"{layer.name:{width}}  {shape:>13}  {layer.format:14} {layer.rank:4d} "
                 f"{layer.nbytes / 1e3:7.0f}  {'' if error is None else f'{error:.4f}'}".rstrip()
             )
+        kept = kept_lines(self.about.get("kept", {}))
+        lines += ["", *kept] if kept else []
         if any("output_error" in layer.errors for layer in self.layers):
             lines += ["", "error: of the layer's output on the calibration sample, relative"]
         elif any(layer.errors for layer in self.layers):
             lines += ["", "error: of the weight, relative (quantized without calibration)"]
         return "\n".join(lines)
+
+
+def kept_lines(kept: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each layer that was left in a higher precision than asked for, and why."""
+    return [f"kept in {entry['format']}: {name} ({entry['reason']})" for name, entry in kept.items()]
 
 
 def summarize_file(path: str | PathLike) -> Summary:

@@ -8,8 +8,7 @@ import json
 import math
 import os
 import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,8 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SVDQuantError
+from .partial_file import PartialFile, WriteError, partial_path
 
 DTYPES = {
     "F64": torch.float64,
@@ -61,7 +61,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.specs, self.metadata = _read_header(self.path)
+        self.specs, self.metadata, self._offsets = _read_header(self.path)
 
     @cached_property
     def _handle(self):
@@ -84,13 +84,39 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(_damaged(self.path, f"{name}: {error}")) from error
 
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU in memory of its own: when it goes, nothing of the file stays in the process.
+
+        Raises:
+            CheckpointError: the file has no such tensor, or it cannot be read.
+        """
+        if name not in self.specs:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing from the file")
+        spec = self.specs[name]
+        data = torch.empty(spec.nbytes, dtype=torch.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._offsets[name])
+                view, filled = memoryview(data.numpy()), 0
+                while filled < spec.nbytes:  # one call reads 2 GB at most
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise CheckpointError(_damaged(self.path, f"{name} is cut off"))
+                    filled += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        return data.view(spec.dtype).reshape(spec.shape)
+
 
 def _damaged(path: Path, why: str) -> str:
     return f"{path} is damaged or incomplete ({why}). Download or create it again."
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """The header, held against the file: sizes add up, offsets stay inside and leave no holes."""
+def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], dict[str, int]]:
+    """Specs, metadata and each tensor's place in the file.
+
+    The header is held against the file: sizes add up, offsets stay inside and leave no holes.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -112,12 +138,11 @@ def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(_damaged(path, "its metadata is not a table of strings"))
-    specs, spans = {}, []
+    specs, spans = {}, {}
     for name, entry in header.items():
-        specs[name], span = _read_entry(path, name, entry)
-        spans.append(span)
+        specs[name], spans[name] = _read_entry(path, name, entry)
     end = 0
-    for start, stop in sorted(spans):
+    for start, stop in sorted(spans.values()):
         if start != end:
             raise CheckpointError(_damaged(path, f"tensor data overlaps or has a hole at {end}"))
         end = stop
@@ -125,7 +150,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         raise CheckpointError(
             _damaged(path, f"its header describes {end} bytes of data, the file has {size - 8 - length}")
         )
-    return specs, metadata
+    return specs, metadata, {name: 8 + length + start for name, (start, _) in spans.items()}
 
 
 def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, tuple[int, int]]:
@@ -147,10 +172,25 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, tuple
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor; the file appears whole or not at all.
 
-    All names, shapes and types are given first, so that the header can stand in front while the data
-    is still being made; ``metadata`` may be changed until the end, inside ``metadata_room`` bytes.
-    Use as a context manager: leaving it normally checks that every tensor was written, syncs and
-    renames; leaving it by an exception removes the temporary file and leaves an older file as it was.
+    All names, shapes and types are given first, so that room for the header can stand in front while the data
+    are still being made; ``metadata`` may be changed until the end, inside ``metadata_room`` bytes. Tensors lie
+    in the order in which they are written. Use as a context manager: leaving it normally checks that every
+    tensor was written, syncs and renames; leaving it by an exception leaves an older file as it was, and of the
+    new one nothing but what is worth continuing.
+
+    Args:
+        path: the file to write.
+        specs: the tensors to come.
+        metadata: of the header.
+        metadata_room: bytes by which the header may grow.
+        overwrite: whether an existing file may be replaced.
+        fingerprint: of whatever decides the bytes. Given one, what was committed survives an interruption, and
+            a later writer with the same fingerprint goes on from there.
+        restart: do not go on, begin again.
+
+    Attributes:
+        notes: what earlier commits of this file noted, to see where to go on.
+        kept: after an exception, the partial file that was left to be continued; else None.
 
     Raises:
         CheckpointError: the file exists and ``overwrite`` is false, or the disk is too small.
@@ -163,44 +203,62 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
         metadata_room: int = 0,
         overwrite: bool = False,
+        fingerprint: str | None = None,
+        restart: bool = False,
     ):
         self.path = Path(path)
         self.metadata = dict(metadata)
-        self._overwrite = overwrite
-        # Wide types first: every tensor then starts at a multiple of its element size.
-        self._specs = dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-        self._missing = set(self._specs)
-        self._offsets, self._data_bytes = {}, 0
-        for name, spec in self._specs.items():
-            self._offsets[name] = self._data_bytes
-            self._data_bytes += spec.nbytes
-        needed = len(self._encode_header()) + metadata_room
+        self.notes: list[dict] = []
+        self.kept: Path | None = None
+        self._overwrite, self._restart = overwrite, restart
+        self._missing = dict(specs)
+        self._written: dict[str, tuple[TensorSpec, int]] = {}
+        self._change: dict[str, dict] = {"tensors": {}, "dropped": []}  # since the last commit
+        self._data_bytes = sum(spec.nbytes for spec in specs.values())
+        most = 8 * self._data_bytes  # an offset with as many digits as any, should tensors be replaced by wider ones
+        needed = len(self._encode_header({name: (spec, most) for name, spec in specs.items()})) + metadata_room
         self._header_bytes = -(-needed // 8) * 8
-        self._file = None
+        self._file = PartialFile(self.path, fingerprint)
 
     def __enter__(self) -> "SafetensorsWriter":
-        check_writable(self.path, 8 + self._header_bytes + self._data_bytes, self._overwrite)
-        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial")
+        start = 8 + self._header_bytes
+        check_writable(self.path, start + self._data_bytes, self._overwrite)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = temporary.open("xb")
-        except OSError as error:
-            raise CheckpointError(f"{self.path.parent} cannot be written: {error}") from error
+            for entry in self._file.open(start, start + self._data_bytes, self._restart):
+                self._replay(entry)
+        except BaseException:
+            self._file.close(keep=True)
+            raise
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, in any order, each once.
+        """Append one tensor; wider types first, where both are of odd size.
 
         Args:
-            name: one of the names given at the start.
-            tensor: of exactly the shape and type given there; any device.
+            name: one of the names announced, each once.
+            tensor: of exactly the shape and type announced; any device.
         """
-        spec = self._specs[name]
+        spec = self._missing[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
             raise ValueError(f"{name} was announced as {spec}, got {tuple(tensor.shape)} {tensor.dtype}")
-        self._missing.remove(name)
+        offset = self._file.end - 8 - self._header_bytes
+        if offset % spec.dtype.itemsize:
+            raise ValueError(f"{name} would not lie at a multiple of its element size; write it before narrower ones")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._put(8 + self._header_bytes + self._offsets[name], data.numpy())
+        self._file.append(memoryview(data.numpy()))
+        self._record(name, spec, offset)
+
+    def replace(self, names: Iterable[str], specs: Mapping[str, TensorSpec]) -> None:
+        """Announce other tensors in the place of some that were not written yet."""
+        for name in names:
+            del self._missing[name]
+            self._change["dropped"].append(name)
+        self._missing.update(specs)
+
+    def commit(self, note: dict) -> None:
+        """What was written so far survives an interruption, together with ``note`` (JSON)."""
+        self._file.commit({**self._change, "note": note})
+        self._change = {"tensors": {}, "dropped": []}
 
     def __exit__(
         self,
@@ -208,44 +266,46 @@ class SafetensorsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        temporary = Path(self._file.name)
         try:
             if kind is None:
                 self._finish()
-                self._file.close()
-                _replace(temporary, self.path, self._overwrite)
+        except WriteError:
+            kind = WriteError
+            raise
+        except BaseException:
+            kind = CheckpointError
+            raise
         finally:
-            self._file.close()
-            temporary.unlink(missing_ok=True)
+            # Bad input stays bad; an interruption, a full disk or a crash is worth continuing.
+            keep = kind is not None and (issubclass(kind, WriteError) or not issubclass(kind, SVDQuantError))
+            if self._file.close(keep):
+                self.kept = self._file.partial
 
     def _finish(self) -> None:
         if self._missing:
             raise RuntimeError(f"never written: {sorted(self._missing)}")
-        header = self._encode_header()
+        header = self._encode_header(self._written)
         if len(header) > self._header_bytes:
             raise RuntimeError("the metadata outgrew the room reserved for it")
         header = header.ljust(self._header_bytes, b" ")
-        self._put(0, len(header).to_bytes(8, "little") + header)
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"{self.path} could not be written: {error}") from error
+        self._file.finish(len(header).to_bytes(8, "little") + header, self._overwrite)
 
-    def _put(self, offset: int, data: object) -> None:
-        try:
-            self._file.seek(offset)
-            self._file.write(data)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} could not be written: {error}. Nothing was left behind; "
-                "free some disk space and try again."
-            ) from error
+    def _record(self, name: str, spec: TensorSpec, offset: int) -> None:
+        self._missing.pop(name, None)
+        self._written[name] = (spec, offset)
+        self._change["tensors"][name] = [DTYPE_NAMES[spec.dtype], spec.shape, offset]
 
-    def _encode_header(self) -> bytes:
+    def _replay(self, entry: dict) -> None:
+        for name in entry["dropped"]:
+            del self._missing[name]
+        for name, (dtype, shape, offset) in entry["tensors"].items():
+            self._record(name, TensorSpec(tuple(shape), DTYPES[dtype]), offset)
+        self._change = {"tensors": {}, "dropped": []}
+        self.notes.append(entry["note"])
+
+    def _encode_header(self, tensors: Mapping[str, tuple[TensorSpec, int]]) -> bytes:
         header: dict[str, object] = {"__metadata__": self.metadata}
-        for name, spec in self._specs.items():
-            start = self._offsets[name]
+        for name, (spec, start) in tensors.items():
             header[name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
@@ -263,20 +323,10 @@ def check_writable(path: Path, nbytes: int, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} already exists. Choose another name or turn on overwrite.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
+    partial = partial_path(path)
+    nbytes -= partial.stat().st_size if partial.exists() else 0  # of an interrupted run: continued or overwritten
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise CheckpointError(
             f"{path} needs {nbytes / 1e6:,.0f} MB, the disk of {parent} has {free / 1e6:,.0f} MB free."
         )
-
-
-def _replace(temporary: Path, path: Path, overwrite: bool) -> None:
-    try:
-        if path.exists() and not overwrite:
-            raise CheckpointError(f"{path} appeared while it was being made; it was left as it is.")
-        os.replace(temporary, path)
-    except PermissionError as error:
-        raise CheckpointError(
-            f"{path} is in use and cannot be replaced: unload the model that was loaded from it, "
-            "or choose another name."
-        ) from error

@@ -15,17 +15,21 @@ EVENT = "svdquant.progress"
 class QuantizationProgress:
     """One bar over calibration and quantization, and an event for the browser at each step.
 
+    ``planned`` is None where there is nothing but calibration.
+
     The event's data: ``node``, ``stage``, ``step`` (what is worked on), ``done`` and ``total`` (of the bar),
     ``seconds_left`` (of the stage; null when unknown) and ``error`` (mean over the layers so far, or null).
     """
 
-    def __init__(self, planned: Plan, sampling_steps: int):
-        self._planned = planned
+    def __init__(self, planned: Plan | None, sampling_steps: int):
+        layers = planned.layers if planned else {}
+        self._plain = planned.plain if planned else {}
         self._sampling_steps = sampling_steps
-        self._total = sampling_steps + planned.steps
+        self._total = sampling_steps + len(layers) + len(self._plain)
         self._bar = comfy.utils.ProgressBar(self._total)
-        self._costs = {name: layer.out_features * layer.in_features for name, layer in planned.layers.items()}
+        self._costs = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
         self._spent = 0
+        self._begun: set[str] = set()
         self._errors: list[float] = []
         self._stage = ""
         self._stage_began = 0.0
@@ -40,14 +44,17 @@ class QuantizationProgress:
         if name in self._costs:
             share = self._spent / sum(self._costs.values())
             self._spent += self._costs[name]
+            self._begun.add(name)
             self._tell("quantizing", name, done, share)
-        elif name in self._planned.plain:
+        elif name in self._plain:
             self._tell("copying", name, done)
         else:
             self._tell("finishing", "", done)
 
     def quantized(self, name: str, errors: Mapping[str, float]) -> None:
-        """A layer is done, with these errors."""
+        """A layer is done, with these errors; one that an interrupted run had done costs this one nothing."""
+        if name not in self._begun:
+            del self._costs[name]
         self._errors.append(layer_error(errors))
 
     def _tell(self, stage: str, step: str, done: int, share: float = 0.0) -> None:

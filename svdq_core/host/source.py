@@ -1,5 +1,6 @@
 """A 16-bit model that the host has loaded, as weights to quantize."""
 
+import hashlib
 import uuid
 
 import comfy.lora
@@ -11,6 +12,7 @@ from ..formats.safetensors_file import TensorSpec
 from .operations import QuantizedLinear
 
 _PREFIX = "diffusion_model."
+_SAMPLE = 4096  # elements from the start and from the middle of a tensor
 
 
 class ModelSource:
@@ -22,6 +24,8 @@ class ModelSource:
     Raises:
         CheckpointError: the model is quantized already.
     """
+
+    reads_ahead = False  # the weights are in memory, and patching them belongs to the host's own thread
 
     def __init__(self, patcher):
         self.name = f"the loaded {type(patcher.model).__name__} model"
@@ -48,6 +52,32 @@ class ModelSource:
             return weight
         full = convert(weight.detach().to(torch.float32, copy=True), inplace=True)
         return comfy.lora.calculate_weight(patches, full, key).to(weight.dtype)
+
+    def digest(self) -> str:
+        """Of a sample of every weight, and of what the patches hold."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, (_, ((weight, _), *patches)) in sorted(self._patches.items()):
+            found.update(name.encode())
+            _feed(found, [weight, *patches])
+        return found.hexdigest()
+
+
+def _feed(digest, value: object) -> None:
+    """Add what identifies a weight, or any part of a patch."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().reshape(-1)
+        sample = torch.cat((flat[:_SAMPLE], flat[flat.numel() // 2 :][:_SAMPLE]))
+        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _feed(digest, item)
+    elif value is None or isinstance(value, (str, int, float)):
+        digest.update(repr(value).encode())
+    elif hasattr(value, "weights"):  # the host's adapters
+        _feed(digest, [type(value).__name__, value.weights])
+    else:
+        digest.update(uuid.uuid4().bytes)  # unknown, so never the same as another
 
 
 def without_patches(patcher):

@@ -1,11 +1,20 @@
-"""A whole checkpoint from 16 to 4 (or 8) bits, layer by layer: no step holds the 16-bit model in memory."""
+"""A whole checkpoint from 16 to 4 (or 8) bits, layer by layer: no step holds the 16-bit model in memory.
+
+What is read ahead while a layer is computed is the next one, so two are in memory at most. What is done is
+committed to the file in the making; a run that was interrupted goes on there (``formats.partial_file``).
+"""
 
 import contextlib
+import dataclasses
 import fnmatch
+import hashlib
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +40,9 @@ from ..formats.safetensors_file import (
     TensorSpec,
     check_writable,
 )
-from .recipes import RECIPES, QuantizedLayer, Recipe, check_width, quantize_layer
+from ..summary import kept_lines
+from .memory import quantize_within_memory
+from .recipes import RECIPES, QuantizedLayer, Recipe, check_width
 from .statistics import Calibration
 
 # What a user picks for the body and for the modulations, and the format that it means; None leaves 16 bits.
@@ -41,17 +52,29 @@ DEFAULT_RANK = 32
 MAX_RANK = 256
 
 _HALF = (torch.bfloat16, torch.float16)
-_REPORT_BYTES_PER_LAYER = 80  # beside the layer's name
+_REPORT_BYTES_PER_LAYER = 240  # beside the layer's name, twice
+_16BIT = "16-bit"
+_log = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
-    """Where 16-bit weights come from: a file, or a model that the host has loaded."""
+    """Where 16-bit weights come from: a file, or a model that the host has loaded.
+
+    Attributes:
+        name: for messages.
+        specs: of the denoiser's tensors, ComfyUI's prefixes stripped.
+        reads_ahead: whether ``get`` may run on another thread while a layer is quantized, and gains by it.
+    """
 
     name: str
     specs: Mapping[str, TensorSpec]
+    reads_ahead: bool
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, on any device."""
+
+    def digest(self) -> str:
+        """Tells these weights from others of the same names and shapes, at little cost."""
 
 
 class FileSource:
@@ -60,6 +83,8 @@ class FileSource:
     Raises:
         CheckpointError: unreadable, or of a family that this pack does not know.
     """
+
+    reads_ahead = True
 
     def __init__(self, path: str | PathLike):
         self._file = SafetensorsFile(path)
@@ -72,8 +97,13 @@ class FileSource:
         }
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor, memory-mapped."""
-        return self._file.get(self._prefix + name)
+        """One tensor on the CPU, in memory of its own."""
+        return self._file.read(self._prefix + name)
+
+    def digest(self) -> str:
+        """The file's size and the time of its last change."""
+        stat = self._file.path.stat()
+        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,9 @@ class Settings:
         skip: layers to leave in 16 bits: names, or shell patterns (``double_blocks.0.*``).
         seed: of everything random.
         modulations: precision of the modulation layers; one of ``MODULATIONS``.
+        max_error: a layer whose relative error (of its output where calibration measured it, else of its weight)
+            is larger is kept in 8 bits, or in 16 where that is not enough.
+        keep_broken: leave layers with NaN or infinite weights as they are instead of stopping.
     """
 
     precision: str = "int4"
@@ -95,6 +128,8 @@ class Settings:
     skip: Sequence[str] = ()
     seed: int = 0
     modulations: str = "awq_w4a16"
+    max_error: float = 0.5
+    keep_broken: bool = False
 
     def check(self) -> None:
         """Raise SVDQuantError for a value that makes no sense."""
@@ -106,6 +141,8 @@ class Settings:
             raise SVDQuantError(f"recipe {self.recipe!r} is not one of {tuple(RECIPES)}")
         if not 0 <= self.rank <= MAX_RANK:
             raise SVDQuantError(f"rank {self.rank} is not between 0 and {MAX_RANK}")
+        if not self.max_error > 0:
+            raise SVDQuantError(f"max_error {self.max_error} is not above 0")
 
     def format_of(self, architecture: Architecture, layer: str) -> str | None:
         """The format that a layer (a module name) gets; None for one that stays in 16 bits."""
@@ -121,9 +158,12 @@ class Report:
 
     Attributes:
         layers: per quantized layer, its errors as stored in the file.
+        kept: per layer that was to be quantized and is not as asked, its format and why.
         bytes_16bit, bytes_4bit: of the quantized layers alone.
         file_bytes: of the whole file.
         seconds: wall-clock time, calibration not included.
+        stages: of these, the seconds spent waiting for weights ("read"), in "quantize" and in "write".
+        resumed: steps that an interrupted run had done.
     """
 
     path: Path
@@ -132,11 +172,23 @@ class Report:
     bytes_4bit: int
     file_bytes: int
     seconds: float
+    stages: Mapping[str, float]
+    kept: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    resumed: int = 0
 
     @property
     def size_ratio(self) -> float:
         """How many times smaller the quantized layers became, low-rank branch included."""
         return self.bytes_16bit / self.bytes_4bit
+
+    def text(self) -> str:
+        """For a person to read."""
+        lines = [
+            f"{self.path}: {len(self.layers)} layers quantized, {self.size_ratio:.2f}x smaller "
+            f"({self.bytes_16bit / 1e6:.1f} -> {self.bytes_4bit / 1e6:.1f} MB); "
+            f"file {self.file_bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        ]
+        return "\n".join([*lines, *kept_lines(self.kept)])
 
 
 # Called after each step with (steps done, steps in all, what was done); may raise to cancel.
@@ -192,6 +244,13 @@ def plan(source: WeightSource, settings: Settings) -> Plan:
     return Plan(architecture, layers, plain)
 
 
+def quantizable_layers(source: WeightSource) -> list[str]:
+    """Names of all layers that some settings quantize: those worth calibrating."""
+    architecture, _ = detect(source.specs, source.name)
+    layers = [key.removesuffix(".weight") for key in sorted(source.specs) if key.endswith(".weight")]
+    return [layer for layer in layers if architecture.kind(layer) is not None]
+
+
 def quantize_checkpoint(
     source: WeightSource,
     path: str | PathLike,
@@ -202,10 +261,12 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     recipe: Recipe | None = None,
     on_layer: Callable[[str, Mapping[str, float]], None] | None = None,
+    restart: bool = False,
 ) -> Report:
     """Quantize a denoiser and write it in the ``comfy_quant`` convention.
 
-    The same source, settings, calibration and device give the same bytes, whoever calls.
+    The same source, settings, calibration and device give the same bytes, whoever calls, and however often
+    the work was interrupted: the same call goes on where the last one stopped.
 
     Args:
         source: the 16-bit weights.
@@ -217,48 +278,199 @@ def quantize_checkpoint(
         device: where to compute.
         recipe: steps other than those ``settings.recipe`` names (for ablations).
         on_layer: called with the name and the errors of each layer that is done.
+        restart: begin again even if an interrupted run could be continued.
 
     Raises:
-        SVDQuantError: anything wrong with the input, the calibration or the disk, before anything is
-            written; whatever ``progress`` raises. Neither leaves a file behind.
+        SVDQuantError: anything wrong with the input or the calibration; nothing is left behind. A full disk
+            (``WriteError``), or whatever ``progress`` raises: what is done stays in a hidden file beside
+            ``path``, which a log message names. An older file is never touched.
     """
     start = time.monotonic()
     planned = plan(source, settings)
     recipe = recipe or RECIPES[settings.recipe]
+    device = torch.device(device)
     statistics = _statistics_for(planned, recipe, settings, calibration)
     specs = dict(planned.plain)
-    for name, layer in planned.layers.items():
-        config = layer.config
-        specs[f"{name}.comfy_quant"] = TensorSpec(tuple(config.shape), config.dtype)
-        specs.update({f"{name}.{tensor}": spec for tensor, spec in layer.tensors.items()})
+    for layer in planned.layers.values():
+        specs.update(_file_specs(layer))
     about = _about(planned, settings, calibration if statistics else None)
-    room = sum(len(name) + _REPORT_BYTES_PER_LAYER for name in planned.layers)
-    total = planned.steps
-    report_step = progress or (lambda done, total, text: None)
-    writer = SafetensorsWriter(path, specs, {METADATA_KEY: json.dumps(about)}, room, overwrite)
-    with torch.inference_mode(), writer:
-        for done, key in enumerate(planned.plain):
-            report_step(done, total, key)
-            writer.write(key, _plain(source, key, planned.plain[key]))
-        for done, (name, spec) in enumerate(planned.layers.items(), len(planned.plain)):
-            report_step(done, total, name)
-            quantized = _quantize(source, spec, statistics.get(name), recipe, settings.seed, device)
-            writer.write(f"{name}.comfy_quant", spec.config)
-            for tensor, value in quantized.tensors.items():
-                writer.write(f"{name}.{tensor}", value)
-            about["layers"][name] = _errors(quantized)
-            if on_layer is not None:
-                on_layer(name, about["layers"][name])
-        writer.metadata[METADATA_KEY] = json.dumps(about)
-        report_step(total, total, "finishing the file")
+    room = sum(2 * len(name) + _REPORT_BYTES_PER_LAYER for name in planned.layers)
+    fingerprint = _fingerprint(source, planned, settings, recipe, device, calibration if statistics else None)
+    writer = SafetensorsWriter(path, specs, {METADATA_KEY: json.dumps(about)}, room, overwrite, fingerprint, restart)
+    work = _Work(source, planned, settings, recipe, statistics, device)
+    try:
+        with torch.inference_mode(), writer:
+            work.run(writer, progress or (lambda done, total, text: None), on_layer or (lambda name, errors: None))
+            about["layers"] = work.errors
+            if work.kept:
+                about["kept"] = work.kept
+            writer.metadata[METADATA_KEY] = json.dumps(about)
+    finally:
+        if writer.kept:
+            _log.warning(
+                "%s is unfinished. The same again goes on where this stopped; what is done so far is in %s, "
+                "which can be deleted.",
+                path,
+                writer.kept,
+            )
+    final = {name: work.final.get(name, layer) for name, layer in planned.layers.items()}
     return Report(
         path=Path(path),
-        layers=about["layers"],
+        layers=work.errors,
+        kept=work.kept,
         bytes_16bit=sum(layer.nbytes_16bit for layer in planned.layers.values()),
-        bytes_4bit=sum(layer.nbytes for layer in planned.layers.values()),
+        bytes_4bit=sum(layer.nbytes if layer else planned.layers[name].nbytes_16bit for name, layer in final.items()),
         file_bytes=Path(path).stat().st_size,
         seconds=time.monotonic() - start,
+        stages={stage: round(seconds, 3) for stage, seconds in work.stages.items()},
+        resumed=work.resumed,
     )
+
+
+class _Work:
+    """The steps of one run, in the order of the file: a tensor that is copied, or a layer."""
+
+    def __init__(self, source, planned, settings, recipe, statistics, device):
+        self._source, self._planned, self._settings = source, planned, settings
+        self._recipe, self._statistics, self._device = recipe, statistics, device
+        # Bytes of odd number last and wide types first: every tensor starts at a multiple of its element size.
+        plain = sorted(planned.plain, key=lambda key: (-planned.plain[key].dtype.itemsize, key))
+        bytewise = [key for key in plain if planned.plain[key].dtype.itemsize == 1]
+        self._steps = [*(key for key in plain if key not in bytewise), *planned.layers, *bytewise]
+        self.errors: dict[str, Mapping[str, float]] = {}
+        self.kept: dict[str, Mapping[str, str]] = {}
+        self.final: dict[str, LayerSpec | None] = {}  # of layers that are not quantized as planned
+        self.stages = Counter(read=0.0, quantize=0.0, write=0.0)
+        self.resumed = 0
+
+    def run(self, writer: SafetensorsWriter, progress: Progress, on_layer: Callable) -> None:
+        """Every step that the file does not have yet."""
+        total = len(self._steps)
+        for note in writer.notes:
+            self._count(note, on_layer)
+        self.resumed = len(writer.notes)
+        if self.resumed:
+            _log.info("going on with %s: %d of %d steps are done", writer.path, self.resumed, total)
+        steps = self._steps[self.resumed :]
+        with contextlib.closing(self._read(steps)) as tensors:
+            for done, step in enumerate(steps, self.resumed):
+                progress(done, total, step)
+                with self._timed("read"):
+                    weight, bias = next(tensors)
+                note = {"step": step}
+                if step in self._planned.layers:
+                    note |= self._write_layer(writer, self._planned.layers[step], weight, bias)
+                else:
+                    self._copy(writer, step, weight)
+                writer.commit(note)
+                self._count(note, on_layer)
+        progress(total, total, "finishing the file")
+
+    def _count(self, note: dict, on_layer: Callable) -> None:
+        """A step is done, now or by an earlier run."""
+        name = note["step"]
+        if "kept" in note:
+            self.kept[name] = note["kept"]
+            self.final[name] = self._lowered(name, note["kept"]["format"])
+        if "errors" in note:
+            self.errors[name] = note["errors"]
+            on_layer(name, note["errors"])
+
+    def _read(self, steps: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight and bias of every step, the next read while one is worked on."""
+        if not self._source.reads_ahead:
+            yield from map(self._load, steps)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(self._load, steps[0]) if steps else None
+            for step in [*steps[1:], None]:
+                current, following = following, step and pool.submit(self._load, step)
+                yield current.result()
+
+    def _load(self, step: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if step not in self._planned.layers:
+            return self._source.get(step), None
+        weight = self._source.get(f"{step}.weight")
+        if self._device.type == "cuda" and self._source.reads_ahead:
+            weight = weight.pin_memory()  # crosses to the device several times faster
+        bias = f"{step}.bias"
+        return weight, self._source.get(bias) if bias in self._source.specs else None
+
+    def _copy(self, writer: SafetensorsWriter, key: str, tensor: torch.Tensor) -> None:
+        if not _finite(tensor) and not self._settings.keep_broken:
+            raise LayerError(
+                f"{self._source.name}: {key} has NaN or infinite values. The checkpoint is broken; "
+                "--keep-broken (keep_broken) copies it as it is."
+            )
+        with self._timed("write"):
+            writer.write(key, tensor.to(self._planned.plain[key].dtype))
+
+    def _write_layer(self, writer: SafetensorsWriter, spec: LayerSpec, weight, bias) -> dict:
+        """Quantize and write; returns what the journal and the report keep of it."""
+        with self._timed("quantize"):
+            quantized, reason = self._quantize(spec, weight, bias)
+        found = quantized.spec if quantized else None
+        with self._timed("write"):
+            if found != spec:
+                writer.replace(_file_specs(spec), _file_specs(found) if found else self._specs_16bit(spec))
+            if quantized:
+                writer.write(f"{spec.name}.comfy_quant", _padded(found.config))
+                for name in sorted(quantized.tensors, key=lambda name: (-found.tensors[name].dtype.itemsize, name)):
+                    writer.write(f"{spec.name}.{name}", quantized.tensors[name])
+            else:
+                for key, tensor in (("weight", weight), ("bias", bias)):
+                    if tensor is not None:
+                        writer.write(f"{spec.name}.{key}", tensor.to(spec.dtype))
+        note = {"errors": _errors(quantized)} if quantized else {}
+        if reason:
+            note["kept"] = {"format": found.format if found else _16BIT, "reason": reason}
+        return note
+
+    def _quantize(self, spec: LayerSpec, weight, bias) -> tuple[QuantizedLayer | None, str]:
+        """The layer in the first format that is close enough to 16 bits, and why not as planned; None for 16 bits."""
+        attempts, reason = [spec], ""
+        if spec.layout.low_rank and spec.format != SVDQUANT_W8A8:
+            attempts.append(self._lowered(spec.name, SVDQUANT_W8A8))
+        for attempt in attempts:
+            try:
+                quantized = self._quantize_as(attempt, weight, bias)
+            except LayerError as error:
+                if _finite(weight) and (bias is None or _finite(bias)):
+                    raise
+                if self._settings.keep_broken:
+                    return None, "NaN or infinite weights"
+                raise LayerError(f"{error} With --keep-broken (keep_broken) the layer stays in 16 bits.") from error
+            error = quantized.weight_error if quantized.output_error is None else quantized.output_error
+            if error <= self._settings.max_error:
+                return quantized, reason
+            reason = f"{attempt.format} has an error of {error:.3f}"
+        return None, reason
+
+    def _quantize_as(self, spec: LayerSpec, weight, bias) -> QuantizedLayer:
+        statistics = self._statistics.get(spec.name)
+        with _naming(self._source):
+            return quantize_within_memory(
+                spec, weight, bias, statistics, self._recipe, self._settings.seed, self._device
+            )
+
+    def _lowered(self, name: str, format_name: str) -> LayerSpec | None:
+        """A layer in a format of higher precision than planned; None for 16 bits."""
+        if format_name == _16BIT:
+            return None
+        bias = f"{name}.bias" in self._source.specs
+        return dataclasses.replace(self._planned.layers[name], format=format_name, act_unsigned=False, bias=bias)
+
+    def _specs_16bit(self, spec: LayerSpec) -> dict[str, TensorSpec]:
+        names = [f"{spec.name}.weight", f"{spec.name}.bias"]
+        return {
+            name: TensorSpec(self._source.specs[name].shape, spec.dtype) for name in names if name in self._source.specs
+        }
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.stages[stage] += time.monotonic() - start
 
 
 def check_output(path: str | PathLike, planned: Plan, overwrite: bool) -> None:
@@ -351,20 +563,36 @@ def _about(planned: Plan, settings: Settings, calibration: Calibration | None) -
     return about
 
 
-def _plain(source: WeightSource, key: str, spec: TensorSpec) -> torch.Tensor:
-    tensor = source.get(key)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise LayerError(f"{source.name}: {key} has NaN or infinite values. The checkpoint is broken.")
-    return tensor.to(spec.dtype)
+def _file_specs(layer: LayerSpec) -> dict[str, TensorSpec]:
+    """Every tensor of a quantized layer, by its name in the file."""
+    config = _padded(layer.config)
+    specs = {f"{layer.name}.comfy_quant": TensorSpec(tuple(config.shape), config.dtype)}
+    return specs | {f"{layer.name}.{tensor}": spec for tensor, spec in layer.tensors.items()}
 
 
-def _quantize(source, spec, statistics, recipe, seed, device) -> QuantizedLayer:
-    weight = source.get(f"{spec.name}.weight").to(device)
-    bias = None
-    if f"{spec.name}.bias" in source.specs:
-        bias = source.get(f"{spec.name}.bias").to(device)
-    with _naming(source):
-        return quantize_layer(spec, weight, bias, statistics, recipe, seed)
+def _padded(config: torch.Tensor) -> torch.Tensor:
+    """The JSON text with spaces after it, so that what follows in the file is aligned."""
+    return torch.nn.functional.pad(config, (0, -len(config) % 8), value=ord(" "))
+
+
+def _fingerprint(source, planned, settings, recipe, device, calibration) -> str:
+    """Of all that decides the bytes of the file."""
+    parts = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "source": source.digest(),
+        "specs": [(key, spec.shape, str(spec.dtype)) for key, spec in sorted(source.specs.items())],
+        "layers": [repr(layer) for layer in planned.layers.values()],
+        "settings": repr(settings),
+        "recipe": repr(recipe),
+        "calibration": calibration and calibration.digest(),
+    }
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _errors(layer: QuantizedLayer) -> dict[str, float]:

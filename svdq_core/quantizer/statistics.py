@@ -1,7 +1,8 @@
-"""What calibration keeps of a layer's inputs: per-channel ranges and a bounded sample of rows."""
+"""What calibration keeps of a layer's inputs: ranges and second moments of each channel, a bounded sample of rows."""
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable
 from os import PathLike
 
@@ -11,6 +12,7 @@ from ..errors import CheckpointError, LayerError
 from ..formats.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 
 _KEY = "svdquant_calibration"
+_IN_FLIGHT = 8  # layers whose rows are on their way from the device, in pinned memory
 
 
 class LayerStatistics:
@@ -21,37 +23,74 @@ class LayerStatistics:
 
     Attributes:
         minimum, maximum: (K,) float32, per channel.
+        square_sum: (K,) float64, of each channel's squares; ``second_moment`` is their mean.
         sample: (R, K) bf16, R at most ``capacity``.
         count: rows seen.
     """
 
+    @torch.inference_mode(False)  # hosts sample in that mode; what changes in place later must not be of it
     def __init__(self, in_features: int, capacity: int, seed: int):
         self.minimum = torch.full((in_features,), torch.inf)
         self.maximum = torch.full((in_features,), -torch.inf)
+        self.square_sum = torch.zeros(in_features, dtype=torch.float64)
         self.sample = torch.empty((0, in_features), dtype=torch.bfloat16)
         self.priority = torch.empty(0)
         self.count = 0
         self._capacity = capacity
         self._random = torch.Generator().manual_seed(seed)
+        self._arriving: list[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = []
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """(K,) float32: the mean square of each channel over all rows seen."""
+        return (self.square_sum / self.count).float()
 
     def observe(self, x: torch.Tensor) -> None:
-        """Take in one batch of inputs, (..., K), on any device."""
+        """Take in one batch of inputs, (..., K), on any device.
+
+        Nothing here waits for a CUDA device; ``settle`` before the sample is looked at.
+        """
         rows = x.detach().reshape(-1, x.shape[-1])
-        # torch.minimum and amin propagate NaN, so bad inputs are found at the end without a sync here.
-        self.minimum = torch.minimum(self.minimum.to(rows.device), rows.amin(dim=0).float())
-        self.maximum = torch.maximum(self.maximum.to(rows.device), rows.amax(dim=0).float())
+        # torch.minimum and aminmax propagate NaN, so bad inputs are found at the end without a sync here.
+        low, high = rows.aminmax(dim=0)
+        self.minimum = torch.minimum(self.minimum.to(rows.device), low.float())
+        self.maximum = torch.maximum(self.maximum.to(rows.device), high.float())
+        norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        self.square_sum = self.square_sum.to(rows.device) + norm.double().square()
         priority = torch.rand(rows.shape[0], generator=self._random)
         keep = torch.topk(priority, min(self._capacity, rows.shape[0])).indices
         if len(self.priority) == self._capacity:
             keep = keep[priority[keep] > self.priority.min()]
-        sampled = rows[keep.to(rows.device)].to("cpu", torch.bfloat16)
-        self._merge_sample(sampled, priority[keep])
+        sampled = rows[keep.to(rows.device, non_blocking=True)].to(torch.bfloat16)
         self.count += rows.shape[0]
+        if rows.is_cuda:
+            arriving = torch.empty(sampled.shape, dtype=torch.bfloat16, pin_memory=True)
+            arriving.copy_(sampled, non_blocking=True)
+            self._arriving.append((arriving, priority[keep], torch.cuda.current_stream(rows.device).record_event()))
+        else:
+            self._merge_sample(sampled.cpu(), priority[keep])
+
+    @property
+    def settled(self) -> bool:
+        """Whether all rows to keep have come from the device."""
+        return not self._arriving
+
+    def settle(self) -> None:
+        """Wait for rows that are still on their way from the device."""
+        for rows, priority, arrived in self._arriving:
+            arrived.synchronize()
+            self._merge_sample(rows, priority)
+        self._arriving.clear()
 
     def merge(self, other: "LayerStatistics") -> None:
-        """Take in what another run saw of the same layer."""
+        """Take in what another run saw of the same layer.
+
+        Both samples stand for all rows seen only as far as the smaller one goes, so its capacity is kept.
+        """
+        self._capacity = min(self._capacity, other._capacity)
         self.minimum = torch.minimum(self.minimum.cpu(), other.minimum.cpu())
         self.maximum = torch.maximum(self.maximum.cpu(), other.maximum.cpu())
+        self.square_sum = self.square_sum.cpu() + other.square_sum.cpu()
         self._merge_sample(other.sample, other.priority)
         self.count += other.count
 
@@ -65,11 +104,20 @@ class LayerStatistics:
                 "16-bit model gives a clean image with the same sampler settings."
             )
 
+    @torch.inference_mode(False)
     def _merge_sample(self, sample: torch.Tensor, priority: torch.Tensor) -> None:
-        priority = torch.cat((self.priority, priority))
-        sample = torch.cat((self.sample, sample))
-        keep = torch.topk(priority, min(self._capacity, len(priority))).indices.sort().values
-        self.priority, self.sample = priority[keep], sample[keep]
+        """Let new rows take the places of those with a lower priority, which are few after the first batches."""
+        before, ranks = len(self.priority), torch.cat((self.priority, priority))
+        keep = torch.zeros(len(ranks), dtype=torch.bool)
+        keep[torch.topk(ranks, min(self._capacity, len(ranks))).indices] = True
+        places, new = (~keep[:before]).nonzero().flatten(), keep[before:].nonzero().flatten()
+        filled = min(len(places), len(new))
+        self.sample[places[:filled]], self.priority[places[:filled]] = sample[new[:filled]], priority[new[:filled]]
+        if len(new) != len(places):  # the sample still grows, or its capacity has shrunk
+            stay = torch.ones(before, dtype=torch.bool)
+            stay[places[filled:]] = False
+            self.sample = torch.cat((self.sample[stay], sample[new[filled:]]))
+            self.priority = torch.cat((self.priority[stay], priority[new[filled:]]))
 
 
 class Calibration:
@@ -84,15 +132,26 @@ class Calibration:
         self.seed = seed
         self.rows = rows
         self.layers: dict[str, LayerStatistics] = {}
+        self._in_flight: deque[LayerStatistics] = deque()
 
     def observe(self, layer: str, x: torch.Tensor) -> None:
         """Take in an input of a layer."""
         if layer not in self.layers:
             self.layers[layer] = self._new_layer(layer, x.shape[-1])
         self.layers[layer].observe(x)
+        if not self.layers[layer].settled:
+            self._in_flight.append(self.layers[layer])
+        if len(self._in_flight) > _IN_FLIGHT:
+            self._in_flight.popleft().settle()
+
+    def settle(self) -> None:
+        """Wait for rows that are still on their way from the device."""
+        while self._in_flight:
+            self._in_flight.popleft().settle()
 
     def check(self, layers: Iterable[str]) -> None:
-        """Raise LayerError unless every layer of ``layers`` has clean statistics."""
+        """Raise LayerError unless every layer of ``layers`` has clean statistics, all of them here."""
+        self.settle()
         for name in layers:
             if name not in self.layers:
                 raise LayerError(
@@ -102,7 +161,21 @@ class Calibration:
             self.layers[name].check(name)
 
     def merge(self, other: "Calibration") -> None:
-        """Take in another calibration of the same model."""
+        """Take in another calibration of the same model.
+
+        Raises:
+            LayerError: a layer of both has another width; nothing is taken in.
+        """
+        for name, statistics in other.layers.items():
+            width, theirs = (len(layer.minimum) for layer in (self.layers.get(name, statistics), statistics))
+            if width != theirs:
+                raise LayerError(
+                    f"layer {name} has {width} input channels in one calibration and {theirs} in the other: "
+                    "they are of different models and cannot be merged"
+                )
+        self.settle()
+        other.settle()
+        self.rows = min(self.rows, other.rows)
         for name, statistics in other.layers.items():
             if name in self.layers:
                 self.layers[name].merge(statistics)
@@ -111,21 +184,27 @@ class Calibration:
 
     def save(self, path: str | PathLike, overwrite: bool = False) -> None:
         """Write to a safetensors file; see :meth:`load`."""
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"{name}.minimum"] = layer.minimum.cpu()
-            tensors[f"{name}.maximum"] = layer.maximum.cpu()
-            tensors[f"{name}.sample"] = layer.sample
-            tensors[f"{name}.priority"] = layer.priority
+        tensors = self._tensors()
         counts = {name: layer.count for name, layer in self.layers.items()}
         about = {"seed": self.seed, "rows": self.rows, "counts": counts}
         specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         metadata = {_KEY: json.dumps(about)}
         with SafetensorsWriter(path, specs, metadata, overwrite=overwrite) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+            for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
+                writer.write(name, tensors[name])
+
+    def digest(self) -> str:
+        """Of everything it holds."""
+        found = hashlib.blake2b(f"{self.seed} {self.rows}".encode(), digest_size=16)
+        for name, tensor in sorted(self._tensors().items()):
+            found.update(name.encode())
+            found.update(tensor.contiguous().view(torch.uint8).numpy())
+        for name, layer in sorted(self.layers.items()):
+            found.update(f"{name} {layer.count}".encode())
+        return found.hexdigest()
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | PathLike) -> "Calibration":
         """Read a file written by :meth:`save`.
 
@@ -140,15 +219,25 @@ class Calibration:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a calibration file of SVDQuant") from error
         for name, count in counts.items():
-            minimum = file.get(f"{name}.minimum")
+            minimum = file.read(f"{name}.minimum")
             layer = calibration._new_layer(name, minimum.shape[0])
-            layer.minimum, layer.maximum = minimum, file.get(f"{name}.maximum")
-            layer.sample, layer.priority = file.get(f"{name}.sample"), file.get(f"{name}.priority")
+            layer.minimum, layer.maximum = minimum, file.read(f"{name}.maximum")
+            layer.sample, layer.priority = file.read(f"{name}.sample"), file.read(f"{name}.priority")
             layer.count = count
+            if f"{name}.square_sum" in file:
+                layer.square_sum = file.read(f"{name}.square_sum")
+            else:  # a file from before they were kept
+                layer.square_sum = layer.sample.double().square().mean(dim=0) * count
             if not layer.minimum.shape == layer.maximum.shape == layer.sample.shape[1:]:
                 raise CheckpointError(f"{path}: the statistics of layer {name} do not fit together")
             calibration.layers[name] = layer
         return calibration
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """On the CPU, by the names they have in a file."""
+        self.settle()
+        kept = ("minimum", "maximum", "square_sum", "sample", "priority")
+        return {f"{name}.{key}": getattr(layer, key).cpu() for name, layer in self.layers.items() for key in kept}
 
     def _new_layer(self, name: str, in_features: int) -> LayerStatistics:
         return LayerStatistics(in_features, self.rows, layer_seed(self.seed, name))

@@ -17,8 +17,8 @@ from svdq_core.formats.safetensors_file import SafetensorsFile, SafetensorsWrite
 TENSORS = {
     "wide": torch.randn(3, 5),
     "half": torch.randn(7).to(torch.bfloat16),
-    "bytes": torch.arange(5, dtype=torch.uint8),
     "empty": torch.empty((0, 4), dtype=torch.float16),
+    "bytes": torch.arange(5, dtype=torch.uint8),
 }
 
 
@@ -28,7 +28,7 @@ def specs(tensors):
 
 def write(path, tensors=TENSORS, **options):
     with SafetensorsWriter(path, specs(tensors), {"note": "x"}, **options) as writer:
-        for name, tensor in reversed(tensors.items()):
+        for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 
@@ -155,26 +155,40 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_a_disk_that_fills_up_midway_leaves_nothing(tmp_path):
+class FullDisk:
+    """A file on a disk that has room for nothing more."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_fills_up_midway_leaves_what_was_there(tmp_path, overwrite):
+    path = tmp_path / "a.safetensors"
+    if overwrite:
+        path.write_bytes(b"precious")
     with (
-        pytest.raises(CheckpointError, match=r"a\.safetensors could not be written"),
-        SafetensorsWriter(tmp_path / "a.safetensors", specs(TENSORS), {}) as writer,
+        pytest.raises(CheckpointError, match=r"a\.safetensors could not be written: .* is full.* MB"),
+        SafetensorsWriter(path, specs(TENSORS), {}, overwrite=overwrite) as writer,
     ):
+        writer._file._file = FullDisk(writer._file._file)
+        writer.write("wide", TENSORS["wide"])
+    assert os.listdir(tmp_path) == ["a.safetensors"] * overwrite
+    assert not overwrite or path.read_bytes() == b"precious"
 
-        class FullDisk:
-            def __init__(self, file):
-                self.name, self._file = file.name, file
 
-            def seek(self, offset):
-                pass
-
-            def write(self, data):
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-            def close(self):
-                self._file.close()
-
-        writer._file = FullDisk(writer._file)
+def test_a_tensor_before_which_lies_an_odd_number_of_bytes_is_a_bug(tmp_path):
+    with (
+        pytest.raises(ValueError, match="multiple of its element size"),
+        SafetensorsWriter(tmp_path / "a", specs(TENSORS), {}) as writer,
+    ):
+        writer.write("bytes", TENSORS["bytes"])
         writer.write("wide", TENSORS["wide"])
     assert not os.listdir(tmp_path)
 
@@ -191,3 +205,104 @@ def test_a_tensor_of_another_shape_or_a_forgotten_one_is_a_bug(tmp_path):
     ):
         pass
     assert not os.listdir(tmp_path)
+
+
+class Stop(Exception):
+    """A user's Cancel."""
+
+
+def write_until(path, stop, fingerprint="f", **options):
+    """Write and commit tensors; raises Stop before the tensor ``stop``. Returns what was written."""
+    written = []
+    with SafetensorsWriter(path, specs(TENSORS), {}, fingerprint=fingerprint, **options) as writer:
+        done = {note["name"] for note in writer.notes}
+        for name, tensor in TENSORS.items():
+            if name == stop:
+                raise Stop
+            if name not in done:
+                writer.write(name, tensor)
+                writer.commit({"name": name})
+                written.append(name)
+    return written
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A file of which two tensors are written."""
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(Stop):
+        write_until(path, "empty")
+    return path
+
+
+def test_a_writer_with_the_same_fingerprint_goes_on(begun, tmp_path):
+    assert not begun.exists() and len(os.listdir(tmp_path)) == 2
+    assert write_until(begun, None) == ["empty", "bytes"]
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    write_until(tmp_path / "b.safetensors", None)
+    assert begun.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "other"}, {"restart": True}])
+def test_any_other_starts_afresh(begun, tmp_path, change):
+    assert write_until(begun, None, **change) == list(TENSORS)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data, journal: (data[:-1], journal),
+        lambda data, journal: (data[:-1] + bytes([data[-1] ^ 1]), journal),
+        lambda data, journal: (data, journal[:-3]),
+        lambda data, journal: (data, journal.replace(b'"crc"', b'"cry"')),
+        lambda data, journal: (data, b"[]\n" + journal),
+        lambda data, journal: (data, b""),
+        lambda data, journal: (b"", journal),
+    ],
+)
+def test_what_lost_its_checksum_is_written_again(begun, tmp_path, spoil):
+    partial, journal = tmp_path / ".a.safetensors.partial", tmp_path / ".a.safetensors.partial.journal"
+    data, log = spoil(partial.read_bytes(), journal.read_bytes())
+    partial.write_bytes(data)
+    journal.write_bytes(log)
+    assert "half" in write_until(begun, None)
+    loaded = load_file(begun)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_bad_input_is_not_worth_continuing(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="bad"),
+        SafetensorsWriter(tmp_path / "a", specs(TENSORS), {}, fingerprint="f") as writer,
+    ):
+        writer.write("wide", TENSORS["wide"])
+        writer.commit({})
+        raise CheckpointError("bad input")
+    assert not os.listdir(tmp_path)
+
+
+def test_two_writers_of_one_file_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with SafetensorsWriter(path, specs(TENSORS), {}, fingerprint="f") as writer:
+        with pytest.raises(CheckpointError, match="being made by another process"):
+            write_until(path, None)
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert load_file(path).keys() == TENSORS.keys()
+
+
+def test_tensors_can_be_replaced_before_they_are_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    wider = torch.randn(4, 4).to(torch.float64)
+    with pytest.raises(Stop), SafetensorsWriter(path, specs(TENSORS), {}, fingerprint="f") as writer:
+        writer.replace(["wide", "empty"], specs({"wider": wider}))
+        writer.write("wider", wider)
+        writer.commit({})
+        raise Stop
+    with SafetensorsWriter(path, specs(TENSORS), {}, fingerprint="f") as writer:
+        writer.write("half", TENSORS["half"])
+        writer.write("bytes", TENSORS["bytes"])
+    loaded = load_file(path)
+    assert loaded.keys() == {"wider", "half", "bytes"} and torch.equal(loaded["wider"], wider)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from svdq_core.errors import CheckpointError
-from svdq_core.quantizer.statistics import Calibration
+from svdq_core.errors import CheckpointError, LayerError
+from svdq_core.formats.safetensors_file import SafetensorsFile
+from svdq_core.quantizer.statistics import Calibration, layer_seed
 
 
 def test_ranges_and_counts_are_exact_over_many_batches():
@@ -17,6 +18,7 @@ def test_ranges_and_counts_are_exact_over_many_batches():
     rows = torch.cat(batches).reshape(-1, 64)
     layer = calibration.layers["a"]
     assert torch.equal(layer.minimum, rows.amin(0)) and torch.equal(layer.maximum, rows.amax(0))
+    assert torch.allclose(layer.second_moment.double(), rows.double().square().mean(0), rtol=1e-6)
     assert layer.count == 500 and layer.sample.shape == (32, 64)
     kept = layer.sample.float()[:, None] == rows.to(torch.bfloat16).float()
     assert kept.all(-1).any(1).all()
@@ -59,3 +61,83 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x\.safetensors is not a calibration"):
         Calibration.load(tmp_path / "x.safetensors")
+
+
+def test_each_kept_row_keeps_its_priority():
+    calibration = Calibration(rows=8)
+    for start in range(0, 400, 40):
+        calibration.observe("a", torch.arange(start, start + 40.0)[:, None].expand(40, 64))
+    layer = calibration.layers["a"]
+    random = torch.Generator().manual_seed(layer_seed(0, "a"))
+    drawn = torch.cat([torch.rand(40, generator=random) for _ in range(10)])
+    # bf16 holds integers up to 256 exactly: look each kept row up by its priority
+    best = {float(drawn[row]): float(torch.tensor(float(row)).bfloat16()) for row in torch.topk(drawn, 8).indices}
+    assert {float(p): float(x) for p, x in zip(layer.priority, layer.sample[:, 0], strict=True)} == best
+
+
+def test_a_merged_sample_is_of_all_rows_whatever_the_sizes():
+    large, small = Calibration(seed=1, rows=64), Calibration(seed=2, rows=16)
+    large.observe("a", torch.zeros(1000, 64))
+    small.observe("a", torch.ones(1000, 64))
+    large.merge(small)
+    assert large.rows == 16 and len(large.layers["a"].sample) == 16
+    assert 2 <= large.layers["a"].sample[:, 0].sum() <= 14  # 8 expected, standard deviation 2
+    assert torch.allclose(large.layers["a"].second_moment, torch.full((64,), 0.5))
+
+
+def test_calibrations_of_different_models_are_not_merged():
+    one, other = Calibration(), Calibration()
+    one.observe("a", torch.zeros(8, 64))
+    other.observe("b", torch.zeros(8, 64))
+    other.observe("a", torch.zeros(8, 128))
+    with pytest.raises(LayerError, match=r"layer a has 64 .* 128"):
+        one.merge(other)
+    assert list(one.layers) == ["a"] and one.layers["a"].count == 8
+
+
+def test_a_sample_made_in_inference_mode_can_be_merged_outside_of_it():
+    with torch.inference_mode():
+        one, other = Calibration(seed=1, rows=16), Calibration(seed=2, rows=16)
+        for calibration in (one, other):
+            calibration.observe("a", torch.rand(100, 64))
+    one.merge(other)
+    assert one.layers["a"].count == 200
+
+
+def test_files_from_before_second_moments_serve_on(tmp_path):
+    calibration = Calibration(rows=256)
+    calibration.observe("a", torch.randn(256, 64))
+    calibration.save(tmp_path / "new.safetensors")
+    tensors = load_file(tmp_path / "new.safetensors")
+    del tensors["a.square_sum"]
+    save_file(tensors, tmp_path / "old.safetensors", SafetensorsFile(tmp_path / "new.safetensors").metadata)
+    old = Calibration.load(tmp_path / "old.safetensors").layers["a"]
+    assert torch.allclose(old.second_moment, calibration.layers["a"].second_moment, rtol=1e-2)
+
+
+def test_the_digest_tells_calibrations_apart(tmp_path):
+    calibration = Calibration()
+    calibration.observe("a", torch.rand(100, 64))
+    calibration.save(tmp_path / "c.safetensors")
+    again = Calibration.load(tmp_path / "c.safetensors")
+    assert again.digest() == calibration.digest()
+    again.layers["a"].sample[3, 3] += 1
+    assert again.digest() != calibration.digest()
+
+
+@pytest.mark.gpu
+def test_a_device_keeps_the_same_rows():
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.randn((3000, 256), generator=random) for _ in range(6)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        calibration = Calibration(rows=64)
+        for batch in batches:
+            for layer in range(20):
+                calibration.observe(str(layer), batch.to(device))
+        calibration.check(calibration.layers)
+        found[device] = calibration
+    for name, layer in found["cpu"].layers.items():
+        other = found["cuda"].layers[name]
+        assert torch.equal(layer.sample, other.sample) and torch.equal(layer.minimum, other.minimum.cpu())
+        assert torch.allclose(layer.second_moment, other.second_moment.cpu(), rtol=1e-5)

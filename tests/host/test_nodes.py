@@ -19,6 +19,7 @@ NODES = {
     "SVDQuantQuantizeCheckpoint": "SVDQuant Quantize Checkpoint",
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
+    "SVDQuantCalibrate": "SVDQuant Calibrate",
 }
 LAYERS = len(small_flux.quantized_layers())
 
@@ -165,7 +166,7 @@ def test_an_interrupt_leaves_nothing_and_the_graph_works_again(server, models):
     assert [path.name for path in models.glob("made/*")] == ["small_int4.safetensors"]
 
 
-def test_an_interrupt_while_writing_leaves_nothing(server, models):
+def test_after_an_interrupt_while_writing_the_same_graph_goes_on_to_the_same_bytes(server, models):
     graph = Graph()
     quantizer = quantize(graph, prompts=("a",), steps=1, recipe="best", rank=64)
     once = threading.Event()
@@ -177,7 +178,17 @@ def test_an_interrupt_while_writing_leaves_nothing(server, models):
 
     with pytest.raises(GraphInterrupted):
         server.run(graph, interrupt)
-    assert once.is_set() and not list(models.glob("made/*")) and not list(models.glob("made/.*"))
+    partial, journal = (models / f"made/.small_int4.safetensors.{end}" for end in ("partial", "partial.journal"))
+    assert once.is_set() and sorted(models.glob("made/*")) == [partial, journal]
+    done = journal.read_bytes().count(b"\n") - 1
+    steps = []
+    result = server.run(graph, steps.append)
+    assert done > 10 and min(step.value for step in steps if step.node == str(quantizer) and step.value > 1) >= done
+    assert f"{LAYERS} layers quantized" in result.outputs[str(quantizer)]["text"][0]
+    graph.to_api()[str(quantizer)]["inputs"]["file_name"] = "made/whole"
+    server.run(graph)
+    assert [path.name for path in sorted(models.glob("made/*"))] == ["small_int4.safetensors", "whole.safetensors"]
+    assert (models / "made/whole.safetensors").read_bytes() == (models / "made/small_int4.safetensors").read_bytes()
 
 
 def test_an_existing_file_is_refused_before_calibration_and_replaced_if_asked(server, models):
