@@ -35,9 +35,14 @@ class Canvas:
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.route(lambda address: not address.startswith(url), lambda route: route.abort())  # nothing from outside
-        page.goto(url)
-        page.wait_for_function("window.app?.canvas && document.querySelector('link[href$=\"/svdquant.css\"]')")
-        page.wait_for_selector("#comfy-file-input", state="attached")
+        self._url = url
+        self.load()
+
+    def load(self) -> None:
+        """Load the page, anew if it was loaded: with the settings that the server has now."""
+        self.page.goto(self._url)
+        self.page.wait_for_function("window.app?.canvas && document.querySelector('link[href$=\"/svdquant.css\"]')")
+        self.page.wait_for_selector("#comfy-file-input", state="attached")
 
     def _note(self, message: Any) -> None:
         if message.type == "error":
@@ -147,7 +152,7 @@ class Canvas:
         """What :meth:`record` kept."""
         return self.page.evaluate("window.recordedTexts")
 
-    def wait_for_text(self, selector: str, text: str, timeout: float = 30) -> str:
+    def wait_for_text(self, selector: str, text: str, timeout: float = 300) -> str:
         """Wait until an element holds a text; returns all of it."""
         found = self.page.locator(selector, has_text=text).first
         found.wait_for(state="attached", timeout=timeout * 1000)

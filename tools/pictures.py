@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from demo.examples import EXAMPLES, QUANTIZED, make_models, with_demo_model
-from demo.settings import ASSETS, DEMO, MODEL
+from demo.settings import ASSETS, DEMO, MODEL, SAMPLING, SIZE
 from tools.browser import SETTINGS, Canvas, chromium
 from tools.comfy_host import ComfyHost, Graph
 
@@ -27,6 +27,7 @@ THUMBNAIL = (384, 288)
 NODES = {  # type: what its panel says when it is worth a picture
     "SVDQuantModelLoader": "kernels",
     "SVDQuantQuantizeCheckpoint": "relative error per layer",
+    "SVDQuantCalibrate": "input rows seen",
     "SVDQuantLoraApply": "keys",
     "SVDQuantInspect": "relative",
     "SVDQuantCompare": "PSNR",
@@ -93,9 +94,20 @@ def example_with(node_type: str) -> Path:
 
 def graph_with(node_type: str, types: dict) -> Graph:
     """A graph that shows a node, on the demo model."""
+    graph = Graph()
     if node_type == "SVDQuantInspect":  # in no example
-        graph = Graph()
         graph.add(node_type, model_name=QUANTIZED)
+        return graph
+    if node_type == "SVDQuantCalibrate":  # nor this
+        graph.add(
+            node_type,
+            model=graph.add("UNETLoader", unet_name=MODEL.name, weight_dtype="default")[0],
+            positive=graph.add("SVDQuantDemoTextEncode", text="fox on a green background")[0],
+            latent=graph.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)[0],
+            file_name="svdquant/calibration",
+            if_exists="replace",
+            **SAMPLING | {"cfg": 1.0, "steps": 8, "seed": 4},
+        )
         return graph
     file = example_with(node_type)
     return with_demo_model(json.loads(file.read_text(encoding="utf-8")), types, steps=8, **drawing(file))
@@ -108,7 +120,7 @@ def node(canvas: Canvas, graph: Graph, node_type: str, text: str) -> Image.Image
         saved.write_text(json.dumps(graph.to_api()))
         canvas.open(saved)
     canvas.queue()
-    canvas.wait_for_text(".svdquant-panel", text, timeout=60)
+    canvas.wait_for_text(".svdquant-panel", text)
     return photograph(canvas, canvas.stand_alone(node_type, 440))
 
 

@@ -1,6 +1,7 @@
 /** Two images under a slider. */
 
 import { addPanel, after, element } from "./panel.js";
+import { say } from "./words.js";
 
 export function setUpCompare(node, api) {
   const show = addPanel(node, "slider");
@@ -26,8 +27,8 @@ function slider(reference, image) {
     picture.draggable = false;
     return picture;
   });
-  below.alt = "reference";
-  above.alt = "image";
+  below.alt = say("reference");
+  above.alt = say("image");
   above.className = "svdquant-above";
   const position = element("input", "svdquant-position");
   position.type = "range";
@@ -35,7 +36,7 @@ function slider(reference, image) {
   position.max = 100;
   position.step = 0.5;
   position.value = 50;
-  position.title = "Left: reference. Right: image.";
+  position.title = say("Left: reference. Right: image.");
   const line = element("div", "svdquant-line");
   const move = () => {
     above.style.clipPath = `inset(0 0 0 ${position.value}%)`;
@@ -43,7 +44,7 @@ function slider(reference, image) {
   };
   position.oninput = move;
   move();
-  const labels = ["reference", "image"].map((text) => element("span", "svdquant-label", text));
+  const labels = [below.alt, above.alt].map((text) => element("span", "svdquant-label", text));
   return element("div", "svdquant-slider", below, above, line, ...labels, position);
 }
 

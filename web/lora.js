@@ -1,6 +1,7 @@
 /** The rows of LoRA Apply: one more than is filled, each with its switch, its place and what matched. */
 
 import { addPanel, after, element, fit } from "./panel.js";
+import { say } from "./words.js";
 
 const NONE = "None"; // what an empty row's file name is
 
@@ -20,11 +21,11 @@ export function setUpLora(node) {
   function line(row, index) {
     const on = element("input", "");
     on.type = "checkbox";
-    on.title = "Whether this LoRA acts";
+    on.title = say("Whether this LoRA acts");
     on.checked = row.on?.value ?? true;
     on.disabled = !row.on;
     on.onchange = () => set(row.on, on.checked);
-    const name = element("span", "svdquant-name svdquant-grow", isFilled(row) ? row.name.value : "(empty)");
+    const name = element("span", "svdquant-name svdquant-grow", isFilled(row) ? row.name.value : say("(empty)"));
     name.title = row.name.value;
     const match = matches.get(row.name.value);
     const found = element("span", match?.message ? "svdquant-warning" : "", match ? matched(match) : "");
@@ -38,7 +39,7 @@ export function setUpLora(node) {
       ["▼", 1],
     ].map(([sign, step]) => {
       const button = element("button", "svdquant-button", sign);
-      button.title = step < 0 ? "Move up" : "Move down";
+      button.title = step < 0 ? say("Move up") : say("Move down");
       const other = rows[index + step];
       button.disabled = !other || !isFilled(other) || !isFilled(rows[index]); // an empty row is filled, not moved
       button.onclick = () => swap(rows[index], other);
@@ -104,5 +105,5 @@ function set(widget, value) {
 
 function matched(match) {
   if (match.message) return match.message;
-  return `${match.matched} of ${match.total} keys · rank ${match.rank}`;
+  return say("{matched} of {total} keys · rank {rank}", match);
 }

@@ -8,10 +8,13 @@ import { setUpLoader } from "./loader.js";
 import { setUpLora } from "./lora.js";
 import { addStyles } from "./panel.js";
 import { followQuantizations, setUpQuantize } from "./quantize.js";
+import { loadWords } from "./words.js";
 
 const SET_UP = {
   SVDQuantModelLoader: setUpLoader,
   SVDQuantQuantizeCheckpoint: setUpQuantize,
+  SVDQuantCalibrate: setUpQuantize,
+  SVDQuantCalibrate: setUpQuantize, // the same progress, up to the calibration's end
   SVDQuantLoraApply: setUpLora,
   SVDQuantInspect: setUpInspect,
   SVDQuantCompare: setUpCompare,
@@ -19,6 +22,9 @@ const SET_UP = {
 
 app.registerExtension({
   name: "SVDQuant",
+  async init() {
+    await loadWords(app, api); // before any node is made
+  },
   setup() {
     addStyles();
     followQuantizations(app, api);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 
 import comfy.lora
 import comfy.lora_convert
@@ -68,11 +69,30 @@ class LoraReport:
         return asdict(self)
 
 
+@dataclass
+class _LoraFile:
+    """A file that was read, and what the host made of it."""
+
+    state: tuple[int, int] | None
+    tensors: dict[str, torch.Tensor]
+    key_map: dict | None = None
+    patches: dict | None = None  # for a model with that key map
+
+
+def _state(path: str | PathLike) -> tuple[int, int] | None:
+    """Time of change and size of a file; None if it cannot be looked at, which reading it will explain."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
 class LoraFiles:
     """Reads LoRA files, and keeps the latest of each path while it is unchanged."""
 
     def __init__(self) -> None:
-        self._loaded: dict[str, tuple[tuple, dict[str, torch.Tensor]]] = {}
+        self._loaded: dict[str, _LoraFile] = {}
 
     def read(self, path: str | PathLike) -> dict[str, torch.Tensor]:
         """The tensors of a file.
@@ -80,20 +100,35 @@ class LoraFiles:
         Raises:
             CheckpointError: the file is damaged, or a tensor has NaN, infinite values or no elements.
         """
-        file = SafetensorsFile(path)
-        stat = file.path.stat()
-        state = stat.st_mtime_ns, stat.st_size
-        found = self._loaded.get(str(path))
-        if found is None or found[0] != state:
+        return self._read(path).tensors
+
+    def patches(self, path: str | PathLike, key_map: dict) -> dict:
+        """What the host makes of a file: patches by the weights that they change.
+
+        Args:
+            key_map: the host's, from names in LoRA files to weights of a model.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        found = self._read(path)
+        if found.key_map != key_map:
+            found.patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(found.tensors), key_map)
+            found.key_map = key_map
+        return found.patches
+
+    def _read(self, path: str | PathLike) -> _LoraFile:
+        found, state = self._loaded.get(str(path)), _state(path)
+        if found is None or found.state != state:
+            file = SafetensorsFile(path)
             lora = {key: file.get(key) for key in file.specs}
             for key, tensor in lora.items():
                 if not tensor.numel():
                     raise CheckpointError(f"{path}: {key} is empty, of rank 0. The LoRA is broken.")
                 if not bool(torch.isfinite(tensor).all()):
                     raise CheckpointError(f"{path}: {key} has NaN or infinite values. The LoRA is broken.")
-            found = state, lora
-            self._loaded[str(path)] = found
-        return found[1]
+            found = self._loaded[str(path)] = _LoraFile(state, lora)
+        return found
 
     def keep(self, paths: Sequence[str | PathLike]) -> None:
         """Forget all others."""
@@ -139,11 +174,11 @@ def apply_loras(
     files = files or LoraFiles()
     reports = []
     for row in rows:
-        name = SafetensorsFile(row.path).path.name
+        name = Path(row.path).name
         if row.strength == 0 and (clip is None or row.strength_clip == 0):
             reports.append(LoraReport(name, message="strength 0, not applied"))
             continue
-        patcher, clip, report = _apply_one(patcher, clip, row, files.read(row.path), name)
+        patcher, clip, report = _apply_one(patcher, clip, row, files, name)
         reports.append(report)
     files.keep([row.path for row in rows])
     if isinstance(patcher, SVDQuantModelPatcher) and any(report.total for report in reports):
@@ -153,11 +188,11 @@ def apply_loras(
     return patcher, clip, reports
 
 
-def _apply_one(patcher, clip, row: LoraRow, lora: dict[str, torch.Tensor], name: str):
+def _apply_one(patcher, clip, row: LoraRow, files: LoraFiles, name: str):
     key_map = comfy.lora.model_lora_keys_unet(patcher.model, {})
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora), key_map)
+    lora, patches = files.read(row.path), files.patches(row.path, key_map)
     report = LoraReport(name, total=len(patches))
     misfits = _misfits(patcher, patches)
     patches = {key: patch for key, patch in patches.items() if key not in misfits}
@@ -212,14 +247,13 @@ def _measure(patcher: SVDQuantModelPatcher, reports: list[LoraReport], progress)
     added = own = dense = 0
     for done, (key, layer) in enumerate(layers):
         progress(done, len(layers))
-        adapter = patcher.adapter(layer, key, patcher.patches[key])
-        if adapter is None:
-            continue
-        n, k, rank = layer.out_features, layer.in_features, adapter.down.shape[1]
+        n, k = layer.out_features, layer.in_features
+        rank, has_delta = patcher.measure_adapter(layer, key)
+        products = rank * (n + k) + has_delta * n * k
         report.rank = max(report.rank, rank)
-        report.bytes += 2 * rank * (n + k) + (0 if adapter.delta is None else 2 * n * k)
-        added += rank * (n + k) + (0 if adapter.delta is None else n * k)
-        dense += adapter.delta is not None
+        report.bytes += 2 * products
+        added += products
+        dense += has_delta
     for _, layer in patcher.quantized_layers():
         own += layer.out_features * layer.in_features + layer.rank * (layer.out_features + layer.in_features)
     report.percent = 100 * added / own if own else 0.0

@@ -82,8 +82,16 @@ class SVDQuantModelPatcher(comfy.model_patcher.ModelPatcher):
         """What patches make of a quantized layer; remembered, as far as it is work."""
         if not patches:
             return None
-        settings = self.get_attachment(_SETTINGS) or AdapterSettings()
-        return self.get_attachment(_BUILDER).build(layer, key, patches, self.load_device, settings)
+        return self.get_attachment(_BUILDER).build(layer, key, patches, self.load_device, self._settings)
+
+    def measure_adapter(self, layer: QuantizedLinear, key: str) -> tuple[int, bool]:
+        """Rank of what this model's patches make of a quantized layer, and whether it has a dense part."""
+        builder = self.get_attachment(_BUILDER)
+        return builder.measure(layer, key, self.patches[key], self.load_device, self._settings)
+
+    @property
+    def _settings(self) -> AdapterSettings:
+        return self.get_attachment(_SETTINGS) or AdapterSettings()
 
     def _set_adapters(self) -> None:
         for key, layer in self.quantized_layers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.lora
 import torch
@@ -35,6 +35,30 @@ class AdapterSettings:
     recompress: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one patch adds to a layer, as it is kept: not moved, scaled or padded to the layer's size yet.
+
+    Attributes:
+        down: (k, r) and
+        up: (n, r): of all of the layer, or of a slice of a fused one: q, k or v along N, an input along K.
+        delta: (N, K) added densely, or None.
+        scale: factor on ``up`` and ``delta``.
+        row, column: of the layer's weight, where the slice begins.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    delta: torch.Tensor | None = None
+    scale: float = 1.0
+    row: int = 0
+    column: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[1]
+
+
 class AdapterBuilder:
     """Builds the adapters of one model's layers, and remembers fits: a change of strength repeats none.
 
@@ -43,7 +67,7 @@ class AdapterBuilder:
 
     def __init__(self) -> None:
         # By weight, then by what was fitted, the latest last; the tensors' addresses are part of its name.
-        self._fits: dict[str, OrderedDict[tuple, tuple[list[torch.Tensor], Adapter]]] = defaultdict(OrderedDict)
+        self._fits: dict[str, OrderedDict[tuple, tuple[list[torch.Tensor], _Part]]] = defaultdict(OrderedDict)
 
     def build(
         self,
@@ -71,36 +95,62 @@ class AdapterBuilder:
         Returns:
             The adapter, in the layer's own type, or None if the patches change nothing.
         """
+        parts = self._parts(layer, key, patches, device, settings)
+        rank = sum(part.rank for part in parts)
+        deltas = [part.delta.to(device) * part.scale for part in parts if part.delta is not None]
+        if not rank and not deltas:
+            return None
+        dtype = torch.float32 if settings.recompress else layer.spec.dtype
+        down = torch.zeros((layer.in_features, rank), dtype=dtype, device=device)
+        up = torch.zeros((layer.out_features, rank), dtype=dtype, device=device)
+        end = 0
+        for part in parts:
+            start, end = end, end + part.rank
+            # Moved in the file's own type, half the bytes, and worked on over there.
+            down[part.column : part.column + len(part.down), start:end] = part.down.to(device)
+            up[part.row : part.row + len(part.up), start:end] = part.up.to(device).float() * part.scale
+        if settings.recompress:
+            down, up = (factor.to(layer.spec.dtype) for factor in recompress(down, up, settings.recompress))
+        return Adapter(down, up, sum(deltas).to(layer.spec.dtype) if deltas else None)
+
+    def measure(
+        self,
+        layer: SVDQLinear,
+        key: str,
+        patches: Sequence[tuple],
+        device: torch.device,
+        settings: AdapterSettings = AdapterSettings(),
+    ) -> tuple[int, bool]:
+        """Rank of the adapter that :meth:`build` would give, and whether it has a dense part; fits are done now."""
+        if settings.recompress:
+            adapter = self.build(layer, key, patches, device, settings)
+            return (0, False) if adapter is None else (adapter.down.shape[1], adapter.delta is not None)
+        parts = self._parts(layer, key, patches, device, settings)
+        return sum(part.rank for part in parts), any(part.delta is not None for part in parts)
+
+    def _parts(self, layer, key, patches, device, settings) -> list[_Part]:
         active = [patch for patch in patches if patch[0] != 0 or patch[2] != 1.0]
         parts = [self._additive(layer, key, patch, device, settings) for patch in active]
         if any(part is None for part in parts):
             name = ("all", *((patch[0], _identity(patch)) for patch in active))
-            parts = [self._remembered(name, layer, key, active, device, settings)]
-        down = torch.cat([layer_zeros(layer.in_features, device), *(part.down for part in parts)], dim=1)
-        up = torch.cat([layer_zeros(layer.out_features, device), *(part.up for part in parts)], dim=1)
-        deltas = [part.delta for part in parts if part.delta is not None]
-        if settings.recompress:
-            down, up = recompress(down, up, settings.recompress)
-        if not deltas and not down.shape[1]:
-            return None
-        dtype = layer.spec.dtype
-        return Adapter(down.to(dtype), up.to(dtype), sum(deltas).to(dtype) if deltas else None)
+            return [self._remembered(name, layer, key, active, device, settings)]
+        return parts
 
-    def _additive(self, layer, key, patch, device, settings) -> Adapter | None:
+    def _additive(self, layer, key, patch, device, settings) -> _Part | None:
         """A patch's own change, strength included; None where it depends on the weight it changes."""
         strength, adapter, strength_model, _, function = patch
         if strength_model != 1.0 or function is not None:
             return None
-        low_rank = _low_rank(layer, key, patch, device)
+        low_rank = _low_rank(layer, key, patch)
         if low_rank is not None:
-            return Adapter(*low_rank)
+            return low_rank
         if _kind(adapter) not in _PROPORTIONAL or _decomposes(adapter):
             return None
         at_one = (1.0, *patch[1:])
         unit = self._remembered(("one", _identity(patch)), layer, key, [at_one], device, settings, of_zero=True)
-        return Adapter(unit.down, unit.up * strength, None if unit.delta is None else unit.delta * strength)
+        return replace(unit, scale=strength)
 
-    def _remembered(self, name, layer, key, patches, device, settings, of_zero=False) -> Adapter:
+    def _remembered(self, name, layer, key, patches, device, settings, of_zero=False) -> _Part:
         fits = self._fits[key]
         signature = (name, settings.error_bound, settings.max_rank)
         if signature not in fits:
@@ -111,21 +161,12 @@ class AdapterBuilder:
             adapter = fit(changed - base, settings.error_bound, settings.max_rank)
             # The patches' tensors are kept so that no other ones come to have their addresses.
             kept = [tensor for patch in patches for tensor in _tensors(patch[1])]
-            fits[signature] = kept, _moved(adapter, torch.device("cpu"))
+            delta = None if adapter.delta is None else adapter.delta.cpu()
+            fits[signature] = kept, _Part(adapter.down.cpu(), adapter.up.cpu(), delta)
             if len(fits) > _MOST_FITS:
                 fits.popitem(last=False)
         fits.move_to_end(signature)
-        return _moved(fits[signature][1], device)
-
-
-def _moved(adapter: Adapter, device: torch.device) -> Adapter:
-    delta = None if adapter.delta is None else adapter.delta.to(device)
-    return Adapter(adapter.down.to(device), adapter.up.to(device), delta)
-
-
-def layer_zeros(features: int, device: torch.device) -> torch.Tensor:
-    """(features, 0): a factor of no rank."""
-    return torch.zeros((features, 0), device=device)
+        return fits[signature][1]
 
 
 def _kind(adapter) -> str | None:
@@ -160,33 +201,25 @@ def _decomposes(adapter) -> bool:
     return dora is not None and len(weights) > dora and weights[dora] is not None
 
 
-def _low_rank(
-    layer: SVDQLinear, key: str, patch: tuple, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(K, r) and (N, r) float32 of a plain LoRA; r = 0 if it does not fit; None for other kinds."""
+def _low_rank(layer: SVDQLinear, key: str, patch: tuple) -> _Part | None:
+    """A plain LoRA's factors; of rank 0 if they do not fit; None for other kinds."""
     strength, adapter, _, offset, _ = patch
     if not isinstance(adapter, LoRAAdapter):
         return None
     up, down, alpha, middle, dora_scale, reshape = adapter.weights
     if middle is not None or dora_scale is not None or reshape is not None:
         return None
-    # Moved in the file's own type, half the bytes, and worked on over there.
-    up, down = (factor.flatten(start_dim=1).to(device).float() for factor in (up, down))
-    rows, columns = [0, layer.out_features], [0, layer.in_features]
-    if offset is not None:  # a slice of a fused layer: q, k or v along N, an input along K
-        axis, start, length = offset
-        (rows, columns)[axis][:] = [start, length]
+    up, down = up.flatten(start_dim=1), down.flatten(start_dim=1)
     if not fits_layer(layer, patch):
         logging.error(
             f"SVDQuant: LoRA for {key} was left out: its factors are {tuple(up.shape)} and "
             f"{tuple(down.shape)}, the layer is {layer.out_features} x {layer.in_features}"
         )
-        return layer_zeros(layer.in_features, device), layer_zeros(layer.out_features, device)
-    up, down = up * (strength * (1.0 if alpha is None else alpha / down.shape[0])), down.t()
-    if offset is not None:  # the rest of the layer gets zeros
-        up = torch.nn.functional.pad(up, (0, 0, rows[0], layer.out_features - sum(rows)))
-        down = torch.nn.functional.pad(down, (0, 0, columns[0], layer.in_features - sum(columns)))
-    return down, up
+        return _Part(down.new_empty((layer.in_features, 0)), up.new_empty((layer.out_features, 0)))
+    start = [0, 0]
+    if offset is not None:
+        start[offset[0]] = offset[1]
+    return _Part(down.t(), up, None, strength * (1.0 if alpha is None else alpha / down.shape[0]), *start)
 
 
 def fits_layer(layer: SVDQLinear, patch: tuple) -> bool:

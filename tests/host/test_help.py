@@ -1,5 +1,7 @@
 """Help pages and translations: there for every node, and about nothing that is not there."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,20 @@ def test_chinese_is_complete(comfy, nodes):
         assert len(outputs) == len(nodes[name]["output"]), name
         tips = [text["description"], *(entry["tooltip"] for entry in (*text["inputs"].values(), *outputs))]
         assert all(any("\u4e00" <= sign <= "\u9fff" for sign in tip) for tip in tips), name
+
+
+def panel_texts():
+    """What the browser's panels say: in their code, and the warnings that the server sends them."""
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "web").glob("*.js"))
+    badge = ast.parse((ROOT / "svdq_core/host/badge.py").read_text("utf-8"))
+    (warnings,) = (node for node in badge.body if getattr(node, "name", "") == "_warnings")
+    sent = {node.value for node in ast.walk(warnings) if isinstance(node, ast.Constant)}
+    return {*re.findall(r'say\("([^"]+)"', code), *sent}
+
+
+def test_every_text_of_the_panels_is_translated(comfy):
+    translated = comfy.get("/i18n").json()["zh"]["svdquant"]
+    assert translated.keys() == panel_texts()
+    for text, chinese in translated.items():
+        assert any("\u4e00" <= sign <= "\u9fff" for sign in chinese), text
+        assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", chinese)), text

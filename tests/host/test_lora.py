@@ -108,6 +108,38 @@ def test_a_changed_strength_fits_nothing_anew(host, flux_files, file, monkeypatc
     assert len(calls) == 3, "a DoRA is not proportional to its strength"
 
 
+def test_the_report_measures_what_the_layers_get(host, models, file):
+    from svdq_core.host.lora import LoraRow, apply_loras
+    from svdq_core.host.patches import AdapterSettings
+
+    for kind in KINDS:
+        for recompress in (0.0, 0.01):
+            settings = AdapterSettings(recompress=recompress)
+            adapted, _, (report,) = apply_loras(models[0], None, [LoraRow(file(kind), 1.0)], settings)
+            key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+            layer = dict(adapted.quantized_layers())[key]
+            built = adapted.adapter(layer, key, adapted.patches.get(key))
+            rank, dense = (0, False) if built is None else (built.down.shape[1], built.delta is not None)
+            assert report.rank == rank and ("dense" in report.message) == dense, kind
+
+
+def test_a_file_is_made_sense_of_once_until_it_changes(models, file, monkeypatch):
+    import comfy.lora
+
+    from svdq_core.host.lora import LoraFiles, LoraRow, apply_loras
+
+    calls = []
+    load = comfy.lora.load_lora
+    monkeypatch.setattr(comfy.lora, "load_lora", lambda *arguments: calls.append(1) or load(*arguments))
+    files, path = LoraFiles(), file("lora")
+    for strength in (1.0, 0.5):
+        apply_loras(models[0], None, [LoraRow(path, strength)], files=files)
+    assert len(calls) == 1
+    adapted, _, _ = apply_loras(models[0], None, [LoraRow(file("loha"), 1.0)], files=files)
+    ((_, patch, *_),) = adapted.patches["diffusion_model.double_blocks.0.img_attn.qkv.weight"]
+    assert patch.name == "loha" and len(calls) == 2
+
+
 def test_several_at_once_are_one_after_another(host, models, file):
     from svdq_core.host.lora import LoraRow, apply_loras
 

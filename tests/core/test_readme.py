@@ -1,0 +1,113 @@
+"""README's numbers are those of benchmarks/results, its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+
+
+def section(title):
+    """The text under a heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table(title, first_column):
+    """Rows of the section's table whose first column has that head, as cells."""
+    lines = section(title).splitlines()
+    head = next(index for index, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    rows = []
+    for line in lines[head + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def psnr(row):
+    return f"{row['psnr_db']:.2f} ± {row['psnr_db_standard_error']:.2f}"
+
+
+def test_precisions():
+    result = RESULTS["demo_precisions"]
+    measured = [
+        [f"`{row['precision']}`", f"`{row['modulations']}`", psnr(row), f"{row['ssim']:.3f}", f"{row['file_mb']:.1f}"]
+        for row in result["precisions"].values()
+    ]
+    assert table("Precisions", "body") == measured
+    assert f"{result['prompts']} prompts" in section("Precisions")
+    assert f"{result['file_mb_16bit']:.1f} MB" in section("Precisions")
+
+
+def test_sizes_of_flux():
+    sizes = RESULTS["flux_sizes"]["FLUX.1-dev"]
+    for precision, _, written, _ in table("Precisions", "precision"):
+        if "modulations" not in precision:
+            entry = sizes["precisions at rank 32"][f"{precision.strip('`')}, modulations awq_w4a16"]
+            assert written == f"{entry['file_bytes'] / 1e9:.1f} GB"
+
+
+def test_quality():
+    measured = [
+        [name, str(row["rank"]), psnr(row), f"{row['ssim']:.3f}"]
+        for name, row in RESULTS["demo_quality"]["methods"].items()
+    ]
+    assert table("Quality", "method") == measured
+    assert f"{RESULTS['demo_quality']['prompts']} prompts" in section("Quality")
+
+
+def test_lora():
+    drawn, changed, text = RESULTS["demo_lora"], RESULTS["lora_strength"], section("LoRA")
+    assert f"on {drawn['prompts']} prompts" in text
+    for key in ("psnr_int4_lora_to_16bit_lora", "psnr_int4_to_16bit"):
+        assert f"{drawn[key]['db']:.2f} ± {drawn[key]['standard_error']:.2f} dB" in text
+    assert f"{drawn['psnr_16bit_lora_to_16bit']['db']:.2f} dB" in text
+    assert f"{changed['change_seconds']:.2f} s" in text
+    assert f"{changed['quantized_layers']} layers" in text and f"{changed['lora_layers']} of" in text
+
+
+def test_synthetic_layers():
+    result, text = RESULTS["synthetic_layers"], section("Quality")
+    for name in ("balanced", "best"):
+        assert f"{result['mean'][f'ours, {name}']['gain_db']:.2f} dB" in text
+    assert result["command"] in text
+
+
+def test_speed_of_other_precisions():
+    result, text = RESULTS["precisions_h200"], section("Speed on an H200")
+    for row in result["layers"]:
+        cells = [f"{row[f'{name}_us']:.0f} ({row[f'{name}_speedup']:.2f}x)" for name in ("int8", "nvfp4")]
+        shape = f"{row['m']} x {row['k']} x {row['n']}"
+        assert f"| {shape} | {row['16bit_us']:.0f} | {cells[0]} | {cells[1]} |" in text
+    for row in result["modulations"]:
+        if row["m"] in (1, 8):
+            share = f"{row['share_of_copy_bandwidth']:.0%}".replace("%", " %")
+            shape = f"{row['m']} x {row['k']} x {row['n']}"
+            assert f"| {shape} | {row['16bit_us']:.1f} | {row['w4a16_us']:.1f} | {share} |" in text
+    for mean in result["geometric_mean_over_16bit_flux"].values():
+        assert f"{mean:.2f}x" in text
+    assert f"{100 * result['lora']['cost']:.1f} %" in text
+
+
+def test_quantizing_at_full_size():
+    run = RESULTS["full_size_h200"]["models"]["flux1-dev"]["fast, int4, rank 32"]
+    text = section("On the command line")
+    assert f"{run['seconds']:.1f} s" in text and f"{run['peak_gpu_gb']:.1f} GB" in text
+    assert f"{run['peak_host_gb']:.1f} GB" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "demo/README.md", "csrc/NOTES.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_result_names_the_command_that_made_it():
+    for name, result in RESULTS.items():
+        assert result["command"].startswith("python -m benchmarks."), name
