@@ -10,6 +10,7 @@ import torch
 from ..architectures import detect
 from ..errors import CheckpointError
 from ..formats.comfy_quant import QuantizedCheckpoint
+from ..kernels.ahead import compile_for_adapters
 from .operations import DeferredOperations, QuantizedLinear
 from .patcher import SVDQuantModelPatcher
 
@@ -47,6 +48,7 @@ def load_quantized(path: str | PathLike) -> SVDQuantModelPatcher:
     _check_complete(checkpoint, model.diffusion_model, provided)
     quantized = SVDQuantModelPatcher(model, patcher.load_device, patcher.offload_device)
     quantized.set_attachments(REPORT, checkpoint.report)
+    compile_for_adapters(patcher.load_device, compute, {layer.format for layer in checkpoint.layers.values()})
     return quantized
 
 

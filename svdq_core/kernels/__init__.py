@@ -50,6 +50,9 @@ def _status(index: int) -> tuple[bool, str]:
 
 
 def _sm_note(major: int) -> str:
+    if major < 9:
+        return ""
     if major == 9:
-        return " (whole layers run on its 8-bit tensor cores)"
-    return "" if major < 9 else " (this architecture emulates 4-bit products: correct, but not fast)"
+        return " (INT4 and INT8 layers run on its 8-bit tensor cores)"
+    native = "NVFP4 runs on its 4-bit tensor cores; " if major == 12 else ""
+    return f" ({native}this architecture emulates INT4 products: correct, but not fast)"
