@@ -56,16 +56,16 @@ class Trial:
         model = self.host.load_demo()
         self.prompts = (*PROMPTS, *MORE_PROMPTS)
         self.references = draw(self.host, model, "16-bit", self.prompts)
-        self._source = ModelSource(model)
-        planned = plan(self._source, Settings())
-        self._calibration = self.host.calibrate(model, planned.layers, CALIBRATION_PROMPTS)
+        self.source = ModelSource(model)
+        planned = plan(self.source, Settings())
+        self.calibration = self.host.calibrate(model, planned.layers, CALIBRATION_PROMPTS)
 
     def measure(self, title: str, method: Method, prompts: int | None = None) -> dict[str, float]:
         """Size, seconds and quality of a method, over the first ``prompts`` or all of them."""
         settings = Settings(method.precision, rank=method.rank, max_error=math.inf)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantized.safetensors"
-            report = quantize_checkpoint(self._source, path, settings, self._calibration, recipe=method.recipe)
+            report = quantize_checkpoint(self.source, path, settings, self.calibration, recipe=method.recipe)
             images = draw(self.host, self.host.load(path), title, self.prompts[:prompts])
         row = {
             "rank": method.rank,
