@@ -6,6 +6,7 @@ each group along K.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 
 import torch
@@ -38,6 +39,12 @@ class Codec(ABC):
             weight: (N, K) float32, smoothed and without its low-rank part.
             dtype: 16-bit type of the file.
         """
+
+    def fitted_scales(
+        self, weight: torch.Tensor, dtype: torch.dtype, importance: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same, chosen for the least square error with these weights (K,) float32 on the channels."""
+        return self.scales(weight, dtype)
 
     def step(self, scales: dict[str, torch.Tensor]) -> torch.Tensor:
         """(N, groups) float32 step of each group."""
@@ -151,8 +158,29 @@ class Int8(Codec):
 class AWQ(Codec):
     """``awq_w4a16``."""
 
+    _SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's range, tried below and above its middle
+
     def scales(self, weight, dtype):
-        scale, zero = awq.group_range(weight, dtype)
+        return self._named(*awq.group_range(weight, dtype))
+
+    def fitted_scales(self, weight, dtype, importance):
+        groups, importance = (t.unflatten(-1, (-1, awq.GROUP_SIZE)) for t in (weight, importance))
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        middle, best = (low + high) / 2, None
+        for below, above in itertools.product(self._SHRINKS, repeat=2):
+            clipped = groups.clamp(middle + (low - middle) * below, middle + (high - middle) * above)
+            scale, zero = awq.group_range(clipped.flatten(-2), dtype)
+            step, centre = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+            codes = awq.encode(torch.where(step > 0, (groups - centre) / step, 0.0))
+            error = ((awq.decode(codes) * step + centre - groups).square() * importance).sum(dim=-1)
+            if best is None:
+                best = error, scale, zero
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
+        return self._named(*best[1:])
+
+    @staticmethod
+    def _named(scale, zero):
         return {"weight_scale": scale.t().contiguous(), "weight_zero": zero.t().contiguous()}
 
     def offset(self, scales):

@@ -101,23 +101,35 @@ def quantize_layer(
         found = _Layer(spec, weight.float(), statistics, recipe, seed).quantized()
         tensors = found.tensors(spec, bias)
     else:
-        tensors = _weight_only(spec, weight.float(), bias)
+        tensors = _weight_only(spec, weight.float(), bias, statistics)
     return QuantizedLayer(spec, tensors, *_measure(spec, tensors, weight, bias, statistics))
 
 
-def _weight_only(spec, weight, bias) -> dict[str, torch.Tensor]:
+def _weight_only(spec, weight, bias, statistics) -> dict[str, torch.Tensor]:
     """The tensors of a layer whose activations stay in 16 bits, rounded to nearest whatever the recipe.
 
-    GPTQ was tried on modulations: it fits the few embeddings that calibration sees, images get no closer.
+    What calibration saw of its input decides which errors matter: groups' ranges are fitted to how much each
+    channel varies, and the bias takes up what the error is on average. GPTQ was tried on modulations: it fits the
+    few embeddings that calibration sees, images get no closer.
     """
     codec = codec_of(spec)
-    scales = codec.scales(weight, spec.dtype)
+    if statistics is None:
+        scales = codec.scales(weight, spec.dtype)
+    else:
+        inputs = statistics.sample.to(weight.device).float()
+        scales = codec.fitted_scales(weight, spec.dtype, inputs.var(dim=0, correction=0))
     step, offset = codec.step(scales), codec.offset(scales)
+    centred = weight
     if offset is not None:
-        weight = weight - offset.repeat_interleave(weight.shape[1] // offset.shape[1], dim=1)
-    codes = rounding.round_to_nearest(weight, codec, step)
+        centred = weight - offset.repeat_interleave(weight.shape[1] // offset.shape[1], dim=1)
+    codes = rounding.round_to_nearest(centred, codec, step)
     tensors = {"weight": codec.pack(codes), **scales}
-    return tensors if bias is None else tensors | {"bias": bias.to(spec.dtype)}
+    if bias is None:
+        return tensors
+    bias = bias.float()
+    if statistics is not None:
+        bias = bias - (rounding.dequantize(codes, codec, step) - centred) @ inputs.mean(dim=0)
+    return tensors | {"bias": bias.to(spec.dtype)}
 
 
 @dataclass(frozen=True)

@@ -187,3 +187,21 @@ def test_recipes_work_where_nothing_can_be_learned():
             quantized = quantize_layer(spec, weight, None, statistics, recipe)
             assert quantized.output_error == pytest.approx(0, abs=1e-6)
             assert all(torch.isfinite(tensor.float()).all() for tensor in quantized.tensors.values())
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_calibration_helps_weights_with_16_bit_inputs(seed):
+    """Ranges go by the channels that vary, and the bias takes the mean error: of inputs that have a mean."""
+    layer, mean = Layer(seed, "awq_w4a16"), torch.randn(K, generator=torch.Generator().manual_seed(seed))
+    bias = torch.randn(N)
+    statistics = LayerStatistics(K, 512, seed)
+    statistics.observe(layer.inputs[:256] + 3 * mean)
+    inputs = layer.inputs[256:] + 3 * mean
+    exact = inputs.double() @ layer.weight.double().t() + bias.double()
+    spec = dataclasses.replace(layer.spec, rank=0)
+
+    def error(seen):
+        quantized = quantize_layer(spec, layer.weight, bias, seen, RECIPES["balanced"])
+        return torch.linalg.norm(SVDQLinear(spec, quantized.tensors)(inputs).double() - exact)
+
+    assert error(statistics) < 0.75 * error(None)
