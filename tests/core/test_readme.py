@@ -19,7 +19,7 @@ def section(title):
 def table(title, first_column):
     """Rows of the section's table whose first column has that head, as cells."""
     lines = section(title).splitlines()
-    head = next(index for index, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    head = next(index for index, line in enumerate(lines) if line.startswith(f"| {first_column} |".replace("  ", " ")))
     rows = []
     for line in lines[head + 2 :]:
         if not line.startswith("|"):
@@ -68,6 +68,11 @@ def test_lora():
     assert f"{drawn['psnr_16bit_lora_to_16bit']['db']:.2f} dB" in text
     assert f"{changed['change_seconds']:.2f} s" in text
     assert f"{changed['quantized_layers']} layers" in text and f"{changed['lora_layers']} of" in text
+
+
+def test_peers():
+    measured = [[name, psnr(row), f"{row['ssim']:.3f}"] for name, row in RESULTS["demo_peers"]["methods"].items()]
+    assert table("Quality", "") == measured
 
 
 def test_synthetic_layers():
