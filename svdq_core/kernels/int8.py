@@ -24,6 +24,7 @@ from .nvfp4 import absmax
 _QUANTIZE = struct.Struct("5P3i4x")
 _GEMM = struct.Struct("9P5i4x")
 _NAME = "linear_int8"
+_MOST_K = 2**17  # of products up to 127 * 128
 
 
 def linear(
@@ -43,6 +44,8 @@ def linear(
     check_quantizer_input(_NAME, x, smooth_factor, proj_down)
     (m, k), n = x.shape, weight.shape[0]
     check_limits(_NAME, m, n, k)
+    if k > _MOST_K:
+        raise KernelInputError(f"svdq::{_NAME}: sums over K = {k} may not fit 32 bits; at most {_MOST_K}")
     if n == 0 or n % 8:
         raise KernelInputError(f"svdq::{_NAME}: N = {n} is not a positive multiple of 8")
     expect(_NAME, "weight", weight, x, (n, k), torch.int8)

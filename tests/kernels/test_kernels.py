@@ -113,7 +113,7 @@ def test_int8_main_loop_is_lean(capability: int, folder: Path) -> None:
     rows = 16 if capability >= 80 else 8
     assert len(products) == tile.wm // rows * (tile.wn // 8) * (64 // columns)
     assert not {"LDL", "STL", "I2F", "I2FP"} & set(sass.mix(loop))
-    assert len(loop) <= (3.5 if capability >= 80 else 2) * len(products)
+    assert len(loop) <= (2.5 if capability >= 80 else 1.6) * len(products)
 
 
 def test_awq_copies_are_wide_and_ahead(folder: Path) -> None:
