@@ -1,7 +1,7 @@
 """Quantizing at full size: FLUX.1-dev's and SDXL's true names and shapes, with random weights.
 
-python -m benchmarks.full_size make flux1-dev /tmp/flux.safetensors
-python -m benchmarks.full_size run /tmp/flux.safetensors --recipe balanced
+python -m benchmarks.full_size make flux1-dev flux.safetensors
+python -m benchmarks.full_size run flux.safetensors --recipe balanced
 
 ``make`` streams the weights to the file and writes synthetic statistics beside it, as a calibration file of this
 pack. ``run`` quantizes in a process of its own (peaks of memory are a process's), prints seconds by stage and

@@ -105,6 +105,13 @@ SVDQ_DEVICE float gelu_tanh(float x) {
     return x * r;
 }
 
+// The products of two pairs of fp16.
+SVDQ_DEVICE u32 multiply_pairs(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
 SVDQ_DEVICE float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }

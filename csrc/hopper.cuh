@@ -316,11 +316,6 @@ SVDQ_DEVICE void products_fence_sums(float (&r)[Count]) {
 
 // ---- pairs of fp16 ------------------------------------------------------------------------------
 
-SVDQ_DEVICE u32 multiply_pairs(u32 a, u32 b) {
-    u32 r;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
 SVDQ_DEVICE u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
     u32 r;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));

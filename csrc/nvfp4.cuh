@@ -32,13 +32,6 @@ SVDQ_DEVICE float e4m3_value(u32 code) {
     return Fp16::low(code << 7) * 256.f;
 }
 
-// The products of two pairs of fp16.
-SVDQ_DEVICE u32 multiply_pairs(u32 a, u32 b) {
-    u32 product;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
 // A magnitude rounded to E2M1, ties to even and saturating, on top of `offset`: a binade has two
 // values, half of it apart, and so has a float 2^22 times its size in its last place.
 SVDQ_DEVICE float e2m1_round(float value, float& offset) {
