@@ -7,6 +7,10 @@ Layout of a packed row (Comfy-Org ``svdquant_w4a4``, natural order)::
 
 Signed codes are two's complement nibbles in [-7, 7] with scale = absmax / 7; unsigned codes lie in
 [0, 15] with scale = max / 15 (SVDQuant section 4.2; unsigned follows Nunchaku's files).
+
+A weight's scales are any numbers; those that this package's quantizer stores lie on a grid: in every output
+channel each is a whole number of steps, up to 16, of the channel's unit. Codes times steps are then int8
+values that need one scale for a channel (QServe, arXiv 2405.04532, has scales on two levels likewise).
 """
 
 import torch
@@ -14,6 +18,7 @@ import torch
 GROUP_SIZE = 64
 SIGNED_MAX = 7
 UNSIGNED_MAX = 15
+MOST_STEPS = 16  # of a weight's scale
 
 # Added to a GELU's output before unsigned quantization: GELU is never below -0.17.
 GELU_SHIFT = 0.171875
@@ -89,3 +94,46 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
     groups = codes.unflatten(-1, (-1, GROUP_SIZE)).float()
     return (groups * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+def scale_unit(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The finest unit of which ``MOST_STEPS`` reach a scale.
+
+    It has four significant bits, so that up to 16 of them are exact in bfloat16.
+
+    Args:
+        largest: (N,) float32, the largest scale of each output channel.
+        dtype: 16-bit type of the scales.
+
+    Returns:
+        (N,) float32; 0 where ``largest`` is.
+    """
+    info = torch.finfo(dtype)
+    fraction = largest / MOST_STEPS
+    quantum = torch.ldexp(torch.ones_like(fraction), torch.frexp(fraction).exponent - 4)
+    quantum = quantum.clamp_min(info.tiny * info.eps)
+    return (fraction / quantum).ceil() * quantum
+
+
+def scale_grid(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The grid that a weight's scales lie on.
+
+    Args:
+        scale: (K / 64, N) in 16 bits.
+
+    Returns:
+        unit (N,) float32 and steps (K / 64, N) int8 with ``steps * unit == scale`` exactly, or None where there are
+        no such of at most ``MOST_STEPS``.
+    """
+    scale = scale.float()
+    largest = scale.abs().amax(dim=0)
+    unit, missing = torch.ones_like(largest), largest > 0
+    for most in range(MOST_STEPS, 0, -1):
+        # By a tensor: CUDA multiplies with a number's reciprocal, which is not exact.
+        candidate = torch.where(missing, largest / torch.full_like(largest, most), unit)
+        found = ((scale / candidate).round() * candidate == scale).all(dim=0)
+        unit = torch.where(missing & found, candidate, unit)
+        missing = missing & ~found
+    if bool(missing.any()):
+        return None
+    return unit, (scale / unit).round().to(torch.int8)

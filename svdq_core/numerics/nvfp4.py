@@ -36,6 +36,13 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     return (code + 8 * torch.signbit(values)).to(torch.int8)
 
 
+def nearest(values: torch.Tensor) -> torch.Tensor:
+    """``decode(encode(values))``, in float32."""
+    magnitude = values.float().abs().clamp(max=LARGEST)
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return ((magnitude / step).round() * step).copysign(values)
+
+
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """float32 values of int8 codes in [0, 15], the same shape."""
     table = torch.tensor((*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)), device=codes.device)

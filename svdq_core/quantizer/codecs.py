@@ -32,12 +32,15 @@ class Codec(ABC):
     act_limit = weight_limit = 1.0
 
     @abstractmethod
-    def scales(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def scales(
+        self, weight: torch.Tensor, dtype: torch.dtype, reach: torch.Tensor | float = 1.0
+    ) -> dict[str, torch.Tensor]:
         """The scales of a weight as the file holds them, by their names there.
 
         Args:
             weight: (N, K) float32, smoothed and without its low-rank part.
             dtype: 16-bit type of the file.
+            reach: (N, groups), how much of a group's largest value the codes reach; weights beyond are clipped.
         """
 
     def fitted_scales(
@@ -61,6 +64,10 @@ class Codec(ABC):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values, in steps, of int8 codes."""
         return codes.float()
+
+    def round_(self, values: torch.Tensor) -> None:
+        """Round float32 values, given in steps, to what their codes stand for, in place."""
+        values.copy_(self.decode(self.encode(values)))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """The file's ``weight`` of (N, K) codes."""
@@ -86,12 +93,21 @@ class Int4(Codec):
         self.act_unsigned = act_unsigned
         self.act_limit = int4.UNSIGNED_MAX if act_unsigned else int4.SIGNED_MAX
 
-    def scales(self, weight, dtype):
-        largest = weight.unflatten(-1, (-1, int4.GROUP_SIZE)).abs().amax(dim=-1)
-        return {"weight_scale": (largest / int4.SIGNED_MAX).to(dtype).t().contiguous()}
+    # Of a scale, to the next on the grid: clipping so little costs a group no more than a coarser step does.
+    _LEAST_REACH = 0.95
+
+    def scales(self, weight, dtype, reach=1.0):
+        largest = weight.unflatten(-1, (-1, int4.GROUP_SIZE)).abs().amax(dim=-1) / int4.SIGNED_MAX
+        largest = largest * self._LEAST_REACH
+        unit = int4.scale_unit(largest.amax(dim=-1), dtype).unsqueeze(-1)
+        steps = torch.where(largest > 0, (largest * reach / unit).ceil().clamp(1, int4.MOST_STEPS), 0.0)
+        return {"weight_scale": (steps * unit).to(dtype).t().contiguous()}
 
     def encode(self, values):
         return values.round().clamp(-int4.SIGNED_MAX, int4.SIGNED_MAX).to(torch.int8)
+
+    def round_(self, values):
+        values.round_().clamp_(-int4.SIGNED_MAX, int4.SIGNED_MAX)
 
     def activations(self, x):
         return int4.dequantize(*int4.quantize_groups(x, self.act_unsigned))
@@ -107,9 +123,10 @@ class NVFP4(Codec):
     # larger ones later, and lets groups 3500 times smaller keep a normal scale.
     _AIM = nvfp4.LARGEST * nvfp4.SCALE_LARGEST / 8
 
-    def scales(self, weight, dtype):
+    def scales(self, weight, dtype, reach=1.0):
         tensor_scale = weight.abs().amax() / (nvfp4.LARGEST * nvfp4.SCALE_LARGEST)
         scale = nvfp4.group_scale(weight, tensor_scale)
+        scale = (scale.float() * reach).to(scale.dtype)
         return {"weight_scale": scale.t().contiguous(), "weight_tensor_scale": tensor_scale}
 
     def step(self, scales):
@@ -120,6 +137,9 @@ class NVFP4(Codec):
 
     def decode(self, codes):
         return nvfp4.decode(codes)
+
+    def round_(self, values):
+        values.copy_(nvfp4.nearest(values))
 
     def smooth_factor(self, factor, act_range):
         largest = (act_range / factor.float()).amax()
@@ -139,14 +159,18 @@ class Int8(Codec):
 
     act_limit = weight_limit = int8.LARGEST
 
-    def scales(self, weight, dtype):
-        return {"weight_scale": weight.abs().amax(dim=-1) / int8.LARGEST}
+    def scales(self, weight, dtype, reach=1.0):
+        largest = weight.abs().amax(dim=-1, keepdim=True) * reach
+        return {"weight_scale": largest.squeeze(-1) / int8.LARGEST}
 
     def step(self, scales):
         return scales["weight_scale"][:, None]
 
     def encode(self, values):
         return values.round().clamp(-int8.LARGEST, int8.LARGEST).to(torch.int8)
+
+    def round_(self, values):
+        values.round_().clamp_(-int8.LARGEST, int8.LARGEST)
 
     def pack(self, codes):
         return codes
@@ -160,16 +184,15 @@ class AWQ(Codec):
 
     _SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's range, tried below and above its middle
 
-    def scales(self, weight, dtype):
-        return self._named(*awq.group_range(weight, dtype))
+    def scales(self, weight, dtype, reach=1.0):
+        reach = torch.as_tensor(reach, device=weight.device).unsqueeze(-1)
+        return self._named(*self._range(weight.unflatten(-1, (-1, awq.GROUP_SIZE)), dtype, reach, reach))
 
     def fitted_scales(self, weight, dtype, importance):
         groups, importance = (t.unflatten(-1, (-1, awq.GROUP_SIZE)) for t in (weight, importance))
-        low, high = groups.aminmax(dim=-1, keepdim=True)
-        middle, best = (low + high) / 2, None
+        best = None
         for below, above in itertools.product(self._SHRINKS, repeat=2):
-            clipped = groups.clamp(middle + (low - middle) * below, middle + (high - middle) * above)
-            scale, zero = awq.group_range(clipped.flatten(-2), dtype)
+            scale, zero = self._range(groups, dtype, below, above)
             step, centre = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
             codes = awq.encode(torch.where(step > 0, (groups - centre) / step, 0.0))
             error = ((awq.decode(codes) * step + centre - groups).square() * importance).sum(dim=-1)
@@ -178,6 +201,13 @@ class AWQ(Codec):
             better = error < best[0]
             best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
         return self._named(*best[1:])
+
+    @staticmethod
+    def _range(groups, dtype, below, above):
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        middle = (low + high) / 2
+        clipped = groups.clamp(middle + (low - middle) * below, middle + (high - middle) * above)
+        return awq.group_range(clipped.flatten(-2), dtype)
 
     @staticmethod
     def _named(scale, zero):
@@ -196,8 +226,8 @@ class AWQ(Codec):
 class NF4(Codec):
     """``nf4_w4a16``."""
 
-    def scales(self, weight, dtype):
-        return {"weight_scale": nf4.group_absmax(weight).t().contiguous()}
+    def scales(self, weight, dtype, reach=1.0):
+        return {"weight_scale": (nf4.group_absmax(weight) * reach).t().contiguous()}
 
     def encode(self, values):
         return nf4.encode(values)

@@ -37,11 +37,12 @@ def truncated_svd(
         return matrix.new_empty((n, 0)), matrix.new_empty((k, 0))
     width = min(rank + _OVERSAMPLING, n, k)
     start = torch.randn((k, width), generator=generator).to(matrix.device)
-    basis = _orthonormal(matrix @ _times(metric, start))
-    for _ in range(power_iterations):
-        basis = _orthonormal(matrix @ _times(metric, matrix.t() @ basis))
+    basis = _orthonormal(matrix @ _times(metric, start), 1)
+    for left in reversed(range(power_iterations)):
+        # Before the last pass it is enough that no direction is lost among the others.
+        basis = _orthonormal(matrix @ _times(metric, matrix.t() @ basis), 1 if left else 2)
     inside = matrix.t() @ basis  # (K, width): the matrix as the basis sees it
-    left = torch.linalg.eigh(inside.double().t() @ _times(metric, inside).double()).eigenvectors.float()
+    left = _eigen(inside.double().t() @ _times(metric, inside).double())[1].float()
     kept = min(rank, width)
     left = left.flip(1)[:, :kept]
     down_kept = inside @ left
@@ -61,15 +62,21 @@ def _times(metric: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
     return metric[:, None] * columns if metric.dim() == 1 else metric @ columns
 
 
-def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+def _orthonormal(vectors: torch.Tensor, passes: int) -> torch.Tensor:
     """(N, w) orthonormal columns with the span of ``vectors``; dependent ones become zero.
 
     By the Gram matrix in float64: products and one small eigenproblem, where a Householder QR of so
     tall a matrix is a long chain of tiny steps, slow on a GPU and on a busy CPU.
     """
-    for _ in range(2):  # the second pass makes up for the squared condition of the first
+    for _ in range(passes):  # a second one makes up for the squared condition of the first
         vectors = vectors.double()
-        squares, directions = torch.linalg.eigh(vectors.t() @ vectors)
+        squares, directions = _eigen(vectors.t() @ vectors)
         inverse = torch.where(squares > _EPSILON * squares[-1], squares.clamp(min=0).rsqrt(), 0.0)
         vectors = vectors @ (directions * inverse)
     return vectors.float()
+
+
+def _eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors of a small symmetric matrix, on the CPU: a GPU takes several times as long."""
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)

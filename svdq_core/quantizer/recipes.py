@@ -259,10 +259,11 @@ class _Smoothed:
         target = rest = self._rest(proj_down, proj_up)
         if self._recipe.moments:
             target = self._moments.compensated(rest, self._spread)
-        scales = codec.scales(target, dtype)
         if self._recipe.clip:
             power = self._moments.power if self._recipe.moments else torch.ones_like(target[0])
-            scales = rounding.clipped_scales(scales, target, codec, power)
+            scales = rounding.clipped_scales(target, codec, dtype, power)
+        else:
+            scales = codec.scales(target, dtype)
         step = codec.step(scales)
         if self._recipe.moments:
             codes = rounding.gptq(target, codec, step, self._spread)

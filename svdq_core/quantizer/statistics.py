@@ -57,18 +57,35 @@ class LayerStatistics:
         self.maximum = torch.maximum(self.maximum.to(rows.device), high.float())
         norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
         self.square_sum = self.square_sum.to(rows.device) + norm.double().square()
-        priority = torch.rand(rows.shape[0], generator=self._random)
-        keep = torch.topk(priority, min(self._capacity, rows.shape[0])).indices
-        if len(self.priority) == self._capacity:
-            keep = keep[priority[keep] > self.priority.min()]
+        keep, priority = self._draw(rows.shape[0])
         sampled = rows[keep.to(rows.device, non_blocking=True)].to(torch.bfloat16)
         self.count += rows.shape[0]
         if rows.is_cuda:
             arriving = torch.empty(sampled.shape, dtype=torch.bfloat16, pin_memory=True)
             arriving.copy_(sampled, non_blocking=True)
-            self._arriving.append((arriving, priority[keep], torch.cuda.current_stream(rows.device).record_event()))
+            self._arriving.append((arriving, priority, torch.cuda.current_stream(rows.device).record_event()))
         else:
-            self._merge_sample(sampled.cpu(), priority[keep])
+            self._merge_sample(sampled.cpu(), priority)
+
+    def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of so many new rows may be kept, and their priorities.
+
+        Those are uniform, but only rows above the lowest kept one matter. The gaps between such rows are geometric,
+        so that few random numbers are drawn once many rows were seen.
+        """
+        known = torch.cat((self.priority, *(priority for _, priority, _ in self._arriving)))
+        beyond = len(known) - self._capacity
+        lowest = float(known.kthvalue(beyond + 1).values) if beyond >= 0 else 0.0
+        if lowest == 0:
+            priority = torch.rand(count, generator=self._random)
+            keep = torch.topk(priority, min(self._capacity, count)).indices
+            return keep, priority[keep]
+        share = max(1 - lowest, 2.0**-24)
+        most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
+        gaps = torch.empty(most).geometric_(share, generator=self._random)
+        keep = gaps.cumsum(0) - 1
+        keep = keep[keep < count].long()
+        return keep, 1 - share * torch.rand(len(keep), generator=self._random)
 
     @property
     def settled(self) -> bool:
@@ -112,7 +129,11 @@ class LayerStatistics:
         keep[torch.topk(ranks, min(self._capacity, len(ranks))).indices] = True
         places, new = (~keep[:before]).nonzero().flatten(), keep[before:].nonzero().flatten()
         filled = min(len(places), len(new))
-        self.sample[places[:filled]], self.priority[places[:filled]] = sample[new[:filled]], priority[new[:filled]]
+        self.priority[places[:filled]] = priority[new[:filled]]
+        # Row by row through numpy: five times as fast as torch's indexing of bf16 on the CPU.
+        held, arrived = self.sample.view(torch.int16).numpy(), sample.view(torch.int16).numpy()
+        for place, row in zip(places[:filled].tolist(), new[:filled].tolist(), strict=True):
+            held[place] = arrived[row]
         if len(new) != len(places):  # the sample still grows, or its capacity has shrunk
             stay = torch.ones(before, dtype=torch.bool)
             stay[places[filled:]] = False

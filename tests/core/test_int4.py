@@ -74,3 +74,36 @@ def test_the_largest_values_stay_finite(value):
 def test_k_must_be_a_multiple_of_the_group():
     with pytest.raises(ValueError, match="not a multiple of 64"):
         int4.quantize_groups(torch.zeros(1, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(data=st.data())
+def test_scales_made_of_a_unit_are_found_again(dtype, data):
+    largest = torch.from_numpy(data.draw(hnp.arrays("float32", 5, elements=st.floats(2.0**-18, 2.0**11, width=32))))
+    unit = int4.scale_unit(largest, dtype)
+    assert bool((unit * int4.MOST_STEPS >= largest).all())
+    assert bool((unit <= largest / int4.MOST_STEPS * (1 + 2.0**-3) + 2.0**-24).all()), "no coarser than it must be"
+    steps = torch.from_numpy(data.draw(hnp.arrays("int8", (4, 5), elements=st.integers(0, int4.MOST_STEPS))))
+    scale = (steps * unit).to(dtype)
+    assert torch.equal(scale.float(), steps * unit), "exact in 16 bits"
+    found_unit, found_steps = int4.scale_grid(scale)
+    assert torch.equal(found_unit * found_steps, scale.float())
+    assert int(found_steps.abs().max()) <= int4.MOST_STEPS
+
+
+def test_scales_of_zeros_have_a_unit():
+    assert torch.equal(int4.scale_unit(torch.zeros(3), torch.float16), torch.zeros(3))
+    unit, steps = int4.scale_grid(torch.zeros(2, 3))
+    assert torch.isfinite(unit).all() and not steps.any()
+
+
+def test_one_scale_off_the_grid_is_noticed():
+    scale = torch.randint(1, 17, (48, 256)).bfloat16() * 0.25
+    assert int4.scale_grid(scale) is not None
+    scale[17, 200] = 3.015625
+    assert int4.scale_grid(scale) is None
+
+
+def test_a_negative_scale_has_negative_steps():
+    unit, steps = int4.scale_grid(torch.tensor([[-1.5], [3.0], [0.75]]))
+    assert torch.equal(unit * steps, torch.tensor([[-1.5], [3.0], [0.75]]))

@@ -98,3 +98,9 @@ def test_the_smallest_scale_is_a_subnormal():
 def test_k_must_be_a_multiple_of_the_group():
     with pytest.raises(ValueError, match="not a multiple of 16"):
         nvfp4.quantize_groups(torch.zeros(1, 24))
+
+
+@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=64))
+def test_nearest_values_are_those_of_the_nearest_codes(values):
+    values = torch.tensor(values)
+    assert torch.equal(nvfp4.nearest(values), nvfp4.decode(nvfp4.encode(values)))
