@@ -29,7 +29,7 @@
 #ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_BF16 1
 #    define SVDQ_NVFP4 1
-#    define SVDQ_TOKENS 256
+#    define SVDQ_COLUMNS 256
 #    define SVDQ_STAGES 4
 #endif
 
@@ -42,7 +42,7 @@ using T = Fp16;
 #endif
 constexpr bool kNVFP4 = SVDQ_NVFP4;
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
-constexpr int kRows = 64 * kConsumers, kTokens = SVDQ_TOKENS, kStages = SVDQ_STAGES;
+constexpr int kRows = 64 * kConsumers, kTokens = SVDQ_COLUMNS, kStages = SVDQ_STAGES;
 constexpr int kSums = kTokens / 2;  // of a thread, in 64 x kTokens / 128
 // Whether tokens have factors of their own: of their codes, or of `down` in fp16.
 constexpr bool kTokenFactors = !kNVFP4 || !SVDQ_BF16;
@@ -200,14 +200,14 @@ struct Consumer {
         products_fence();
 #    pragma unroll
         for (int i = 0; i < 4; ++i)
-            multiply_tokens<Fp16>(sum, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
-                                  tokens + 2 * i, keep || i > 0);
+            multiply_16bit<Fp16>(sum, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
+                                 tokens + 2 * i, keep || i > 0);
 #else
         const u64 weight = operand(shared.stage(ring.slot) + kBytesTokens + index * 64 * 128);
         products_fence();
 #    pragma unroll
         for (int i = 0; i < 4; ++i)
-            multiply_tokens(sum, weight + 2 * i, tokens + 2 * i, keep || i > 0);
+            multiply_int8(sum, weight + 2 * i, tokens + 2 * i, keep || i > 0);
 #endif
         products_commit();
         if (!First) {
@@ -312,8 +312,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (block * 64 + i * 16 < p.rank)
-                    multiply_tokens<T>(result, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
-                                       tokens + 2 * i, true);
+                    multiply_16bit<T>(result, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
+                                      tokens + 2 * i, true);
             products_commit();
             products_wait<0>();
             products_fence_sums(result);

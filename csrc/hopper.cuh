@@ -204,93 +204,138 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
 }
 #undef SVDQ_MULTIPLY_16BIT
 
-// A product of SVDQ_TOKENS columns, which come from shared memory: registers 4 j + 2 h and + 1 of
+// A product of SVDQ_COLUMNS columns, which come from shared memory: registers 4 j + 2 h and + 1 of
 // lane l in warp w are row 16 w + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1.
-#ifdef SVDQ_TOKENS
-#    define SVDQ_NAMES_A                                                                   \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
-        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#    define SVDQ_NAMES_B                                                                   \
-        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-        ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#    define SVDQ_NAMES_C                                                                         \
-        ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110" \
-        ", %111"
-#    define SVDQ_NAMES_D                                                                         \
-        ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
-        "%126, %127"
-#    if SVDQ_TOKENS == 256
+#ifdef SVDQ_COLUMNS
+#    define SVDQ_NAMES_24                                                        \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+        "%16, %17, %18, %19, %20, %21, %22, %23"
+#    define SVDQ_NAMES_48                                                          \
+        SVDQ_NAMES_24                                                              \
+        ", %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
+        "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#    define SVDQ_NAMES_64                                                          \
+        SVDQ_NAMES_48                                                              \
+        ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+        "%62, %63"
+#    define SVDQ_NAMES_96                                                          \
+        SVDQ_NAMES_64                                                              \
+        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
+        "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "   \
+        "%92, %93, %94, %95"
+#    define SVDQ_NAMES_112                                                       \
+        SVDQ_NAMES_96                                                            \
+        ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+        "%108, %109, %110, %111"
+#    define SVDQ_NAMES_128                                                           \
+        SVDQ_NAMES_112                                                               \
+        ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+        "%124, %125, %126, %127"
+#    if SVDQ_COLUMNS == 256
 #        define SVDQ_SHAPE "m64n256"
+#        define SVDQ_SUMS SVDQ_NAMES_128
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_64(con, 64)
 #        define SVDQ_INPUT0 "%128"
 #        define SVDQ_INPUT1 "%129"
 #        define SVDQ_INPUT2 "%130"
 #        define SVDQ_INPUT3 "%131"
 #        define SVDQ_INPUT4 "%132"
 #        define SVDQ_INPUT5 "%133"
-#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B SVDQ_NAMES_C SVDQ_NAMES_D
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_64(con, 64)
-#    elif SVDQ_TOKENS == 224
+#    elif SVDQ_COLUMNS == 224
 #        define SVDQ_SHAPE "m64n224"
+#        define SVDQ_SUMS SVDQ_NAMES_112
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64), SVDQ_16(con, 96)
 #        define SVDQ_INPUT0 "%112"
 #        define SVDQ_INPUT1 "%113"
 #        define SVDQ_INPUT2 "%114"
 #        define SVDQ_INPUT3 "%115"
 #        define SVDQ_INPUT4 "%116"
 #        define SVDQ_INPUT5 "%117"
-#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B SVDQ_NAMES_C
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64), SVDQ_16(con, 96)
-#    elif SVDQ_TOKENS == 192
+#    elif SVDQ_COLUMNS == 192
 #        define SVDQ_SHAPE "m64n192"
+#        define SVDQ_SUMS SVDQ_NAMES_96
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64)
 #        define SVDQ_INPUT0 "%96"
 #        define SVDQ_INPUT1 "%97"
 #        define SVDQ_INPUT2 "%98"
 #        define SVDQ_INPUT3 "%99"
 #        define SVDQ_INPUT4 "%100"
 #        define SVDQ_INPUT5 "%101"
-#        define SVDQ_SUMS SVDQ_NAMES_A SVDQ_NAMES_B
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64)
-#    else
+#    elif SVDQ_COLUMNS == 128
 #        define SVDQ_SHAPE "m64n128"
+#        define SVDQ_SUMS SVDQ_NAMES_64
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0)
 #        define SVDQ_INPUT0 "%64"
 #        define SVDQ_INPUT1 "%65"
 #        define SVDQ_INPUT2 "%66"
 #        define SVDQ_INPUT3 "%67"
 #        define SVDQ_INPUT4 "%68"
 #        define SVDQ_INPUT5 "%69"
-#        define SVDQ_SUMS SVDQ_NAMES_A
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0)
+#    elif SVDQ_COLUMNS == 96
+#        define SVDQ_SHAPE "m64n96"
+#        define SVDQ_SUMS SVDQ_NAMES_48
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_32(con, 0), SVDQ_16(con, 32)
+#        define SVDQ_INPUT0 "%48"
+#        define SVDQ_INPUT1 "%49"
+#        define SVDQ_INPUT2 "%50"
+#        define SVDQ_INPUT3 "%51"
+#        define SVDQ_INPUT4 "%52"
+#        define SVDQ_INPUT5 "%53"
+#    elif SVDQ_COLUMNS == 48
+#        define SVDQ_SHAPE "m64n48"
+#        define SVDQ_SUMS SVDQ_NAMES_24
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_16(con, 0), SVDQ_8(con, 16)
+#        define SVDQ_INPUT0 "%24"
+#        define SVDQ_INPUT1 "%25"
+#        define SVDQ_INPUT2 "%26"
+#        define SVDQ_INPUT3 "%27"
+#        define SVDQ_INPUT4 "%28"
+#        define SVDQ_INPUT5 "%29"
 #    endif
 
-// sums = weight (64 x 32, int8) tokens (32 columns of them)^T + (keep ? sums : 0).
-SVDQ_DEVICE void multiply_tokens(int (&r)[SVDQ_TOKENS / 2], u64 weight, u64 tokens, bool keep) {
+// r = a (64 x 32, int8) b (SVDQ_COLUMNS x 32)^T + (keep ? r : 0).
+SVDQ_DEVICE void multiply_int8(int (&r)[SVDQ_COLUMNS / 2], u64 a, u64 b, bool keep) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT2
                  ", 0;"
                  "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k32.s32.s8.s8 {" SVDQ_SUMS
                  "}, " SVDQ_INPUT0 ", " SVDQ_INPUT1 ", p; }"
                  : SVDQ_SUM_REGISTERS("+r")
-                 : "l"(weight), "l"(tokens), "r"((int)keep));
+                 : "l"(a), "l"(b), "r"((int)keep));
 }
 
-// sums = weight (64 x 16, 16 bits, in registers) tokens (16 columns of them)^T + (keep ? sums : 0).
-#    define SVDQ_MULTIPLY_TOKENS(TYPE)                                                   \
+// r (float32) += a (64 x 16) b (SVDQ_COLUMNS x 16)^T, 16-bit operands in shared memory.
+#    define SVDQ_MULTIPLY_16BIT(TYPE)                                                     \
+        asm volatile("wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k16.f32." TYPE "." TYPE  \
+                     " {" SVDQ_SUMS "}, " SVDQ_INPUT0 ", " SVDQ_INPUT1 ", 1, 1, 1, 0, 0;" \
+                     : SVDQ_SUM_REGISTERS("+f")                                           \
+                     : "l"(a), "l"(b))
+template <class T>
+SVDQ_DEVICE void multiply_16bit(float (&r)[SVDQ_COLUMNS / 2], u64 a, u64 b) {
+    if (T::kIsBf16)
+        SVDQ_MULTIPLY_16BIT("bf16");
+    else
+        SVDQ_MULTIPLY_16BIT("f16");
+}
+#    undef SVDQ_MULTIPLY_16BIT
+
+// r = a (64 x 16, in registers) b (SVDQ_COLUMNS x 16)^T + (keep ? r : 0).
+#    define SVDQ_MULTIPLY_REGISTERS(TYPE)                                                \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT5                       \
                      ", 0;"                                                              \
                      "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k16.f32." TYPE "." TYPE \
                      " {" SVDQ_SUMS "}, {" SVDQ_INPUT0 ", " SVDQ_INPUT1 ", " SVDQ_INPUT2 \
                      ", " SVDQ_INPUT3 "}, " SVDQ_INPUT4 ", p, 1, 1, 0; }"                \
                      : SVDQ_SUM_REGISTERS("+f")                                          \
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(tokens), "r"((int)keep))
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)keep))
 template <class T>
-SVDQ_DEVICE void multiply_tokens(float (&r)[SVDQ_TOKENS / 2], u32 a0, u32 a1, u32 a2, u32 a3,
-                                 u64 tokens, bool keep) {
+SVDQ_DEVICE void multiply_16bit(float (&r)[SVDQ_COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b,
+                                bool keep) {
     if (T::kIsBf16)
-        SVDQ_MULTIPLY_TOKENS("bf16");
+        SVDQ_MULTIPLY_REGISTERS("bf16");
     else
-        SVDQ_MULTIPLY_TOKENS("f16");
+        SVDQ_MULTIPLY_REGISTERS("f16");
 }
-#    undef SVDQ_MULTIPLY_TOKENS
+#    undef SVDQ_MULTIPLY_REGISTERS
 #endif
 
 // The compiler does not know that products write their registers until they are waited for: this

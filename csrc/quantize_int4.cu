@@ -21,8 +21,7 @@
 // bytes on their way to keep the memory busy, without registers to wait in. Of x every lane copies
 // what it will use itself, so nobody waits for anybody.
 //
-// Shared memory:   step 0 | step 1 | x | 1 / smooth for the slice, float32 | (HOPPER) chunks'
-// scales
+// Shared memory:   step 0 | step 1 | x | 1 / smooth for the slice, float32 | (image) chunks' scales
 //          step:   a slab for each group: its 64 rows of proj_down
 //             x:   for each warp STAGES times 2 KB: chunk i of lane l at 512 i + 16 l
 //
@@ -32,8 +31,11 @@
 //     stride 64 bytes (up to 32 ranks):  chunk c at c ^ (row / 8 % 4); row % 2 picks the line's
 //     half stride 128 bytes (64 ranks):       chunk c at c ^ (row / 8 % 4 + 4 (row % 2))
 //
-// With HOPPER the same is written as csrc/gemm_hopper.cu reads it: codes as bytes, swizzled; scales
-// as fp16 relative to the largest of their chunk of eight groups; x . proj_down in 16 bits.
+// Hopper multiplies bytes, and x . proj_down in 16 bits. SVDQ_OUTPUT says how they are written:
+//
+//   image    as csrc/gemm_hopper.cu reads it: magnitude and sign, swizzled; scales as fp16 relative
+//            to the largest of their chunk of eight groups
+//   bytes    for csrc/gemm_grid.cu: int8 codes in the order of x, scales in float32
 #include "codes.cuh"
 #include "device.cuh"
 
@@ -43,7 +45,7 @@
 #    define SVDQ_RANK_TILES 4
 #    define SVDQ_PROLOGUE 0
 #    define SVDQ_STAGES 4
-#    define SVDQ_HOPPER 0
+#    define SVDQ_OUTPUT 0
 #endif
 
 namespace {
@@ -53,21 +55,27 @@ using T = Bf16;
 #else
 using T = Fp16;
 #endif
-constexpr bool kUnsigned = SVDQ_UNSIGNED, kHopper = SVDQ_HOPPER;
+constexpr bool kUnsigned = SVDQ_UNSIGNED;
 constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a low-rank branch
+
+enum Form { kNibbles = 0, kImage = 1, kBytes = 2 };
+constexpr Form kForm = (Form)SVDQ_OUTPUT;
+// Bytes of the image hold a magnitude and a sign: the magnitude is worked out here, the sign is
+// x's.
+constexpr bool kMagnitude = kForm == kImage && !kUnsigned;
 
 enum Prologue { kNone = 0, kGelu = 1, kModulate = 2 };
 constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
 
 constexpr int kMostThreads = 448, kRows = 16, kStages = SVDQ_STAGES;
 constexpr int kStep = RT > 4 ? 2 : 4;  // groups whose slabs come at once
-constexpr int kChunk = 8;              // groups whose scales are relative to one another's (HOPPER)
+constexpr int kChunk = 8;              // groups whose scales are relative to one another's (image)
 constexpr int kTiles = RT ? RT : 1;
 constexpr int kStride = RT > 4 ? 128 : 64;  // bytes of a slab's row
 constexpr u32 kSlab = RT ? kGroup * kStride : 0;
 constexpr u32 kStepBytes = kStep * kSlab;
-constexpr u32 kWarpX = 2048;                                   // a warp's part of a stage
-constexpr u32 kScaleBytes = kHopper ? kRows * kChunk * 4 : 0;  // of a warp
+constexpr u32 kWarpX = 2048;                                           // a warp's part of a stage
+constexpr u32 kScaleBytes = kForm == kImage ? kRows * kChunk * 4 : 0;  // of a warp
 
 // A lane's part of x . proj_down: of 16 t + g (element 0, 1) and 16 t + g + 8 (2, 3), rows 8 h + 2
 // q (0, 2) and + 1 (1, 3), where its q and g are a fragment's, t the first index and h the second.
@@ -77,20 +85,21 @@ struct Arguments {
     const u16* x;          // (M, K)
     const u16* smooth;     // (K,)
     const u16* proj_down;  // (K, rank)
-    u8* qact;              // (M, K / 2)              HOPPER: (K / 128, padded M, 128)
-    void* act_scale;       // (K / 64, M) float32     HOPPER: (K / 128, padded M, 2) pairs
-    void* down;            // (M, rank) float32       HOPPER: (rank / 64, padded M, 64) 16-bit
-    float* partial;        // sums of each slice, as a warp's lanes hold them
-    u32* counters;         // zero, one for each 16 rows and block of ranks
+    u8* qact;              // (M, K / 2); bytes: (M, K); image: (K / 128, padded M, 128)
+    void* act_scale;       // (K / 64, padded M) float32; image: (K / 128, padded M, 2) pairs
+    // (M, rank) float32; bytes: (M, rank to a multiple of 64), image: (rank / 64, padded M, 64),
+    // 16-bit
+    void* down;
+    float* partial;  // sums of each slice, as a warp's lanes hold them
+    u32* counters;   // zero, one for each 16 rows and block of ranks
     int m, k, rank, slice_groups;
     // kModulate: x (1 + scale) + shift
     const u16* modulation_scale;  // (M / modulation_rows, K)
     const u16* modulation_shift;
     int modulation_rows;
-    // HOPPER
-    int padded_m;
-    float* chunk_scale;  // (K / 512, padded M)
-    float* down_scale;   // (rank / 64, padded M); fp16 only
+    int padded_m;        // M for nibbles
+    float* chunk_scale;  // (K / 512, padded M); image only
+    float* down_scale;   // (rank / 64, padded M); not with nibbles, fp16 only
 };
 
 // Where chunk `chunk` of row `row` of a slab lies.
@@ -143,15 +152,13 @@ SVDQ_DEVICE void apply_modulation(Fragment& x, const Arguments& p, u32 row0, u32
 
 // 1 / smooth; magnitudes want it without its sign, which the weight's image has instead.
 SVDQ_DEVICE float inverse_factor(float smooth) {
-    return reciprocal(kHopper && !kUnsigned ? fabsf(smooth) : smooth);
+    return reciprocal(kMagnitude ? fabsf(smooth) : smooth);
 }
 
 // Quantizes one row of a fragment; `inverse_smooth` is shared memory with the group's 64 floats
-// from this lane's first column on. `codes` are 16 nibbles, or with HOPPER 16 bytes. Every lane of
+// from this lane's first column on. `codes` are 16 nibbles or 16 bytes. Every lane of
 // the quad returns the group's scale.
 SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&codes)[4]) {
-    // Bytes hold a magnitude and a sign: the magnitude is worked out here, the sign is x's.
-    constexpr bool kMagnitude = kHopper && !kUnsigned;
     float values[16], part[4];  // four chains of maxima, not one long one
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -178,7 +185,7 @@ SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&c
             values[i] = fminf(fmaxf(values[i], -kFloatMax), kFloatMax);
     }
     const float inverse = inverse_scale<kUnsigned>(largest);
-    if constexpr (kHopper) {
+    if constexpr (kForm != kNibbles) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             codes[i] = pack_bytes<kUnsigned>(values + 4 * i, inverse);
@@ -195,7 +202,7 @@ SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&c
 struct Output {
     const Arguments& p;
     u32 row0, lane, g, q;
-    u32 scales;  // HOPPER: shared memory for the scales of a chunk, (16 rows, 8 groups)
+    u32 scales;  // image: shared memory for the scales of a chunk, (16 rows, 8 groups)
     u8* to_codes[2];
     float* to_scale;
 
@@ -204,17 +211,19 @@ struct Output {
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
             const u64 row = row0 + g + 8 * h;
-            to_codes[h] = kHopper ? p.qact + ((u64)(first / 2) * p.padded_m + row) * 128
-                                  : p.qact + (row * p.k + first * kGroup) / 2 + q * 4;
+            const u64 at = row * p.k + first * kGroup;
+            to_codes[h] = kForm == kImage   ? p.qact + ((u64)(first / 2) * p.padded_m + row) * 128
+                          : kForm == kBytes ? p.qact + at + q * 8
+                                            : p.qact + at / 2 + q * 4;
         }
-        to_scale = (float*)p.act_scale + (u64)first * p.m + row0 + g;
+        to_scale = (float*)p.act_scale + (u64)first * p.padded_m + row0 + g;
     }
 
     // `odd`: whether the group is an odd one of all.
     SVDQ_DEVICE void codes(u32 group, bool odd, u32 h, const u32 (&codes)[4], float scale) {
         const bool exists = row0 + g + 8 * h < (u32)p.m;
         u8* to = to_codes[h];
-        if (kHopper) {
+        if (kForm == kImage) {
             // 16 bytes of a lane are the quad's q-th of the group: see hopper.py for the order.
             const u32 chunk = (odd * 4 + q) ^ g;
             if (exists)
@@ -224,16 +233,21 @@ struct Output {
             if (odd) to_codes[h] += (u64)p.padded_m * 128;
         } else {
             if (exists) {
-                *(u32*)to = codes[0];
-                *(u32*)(to + 16) = codes[1];
+                if (kForm == kBytes) {
+                    *(uint2*)to = make_uint2(codes[0], codes[1]);
+                    *(uint2*)(to + 32) = make_uint2(codes[2], codes[3]);
+                } else {
+                    *(u32*)to = codes[0];
+                    *(u32*)(to + 16) = codes[1];
+                }
                 if (q == 0) to_scale[8 * h] = scale;
             }
-            to_codes[h] += kGroup / 2;
-            if (h) to_scale += p.m;
+            to_codes[h] += kForm == kBytes ? kGroup : kGroup / 2;
+            if (h) to_scale += p.padded_m;
         }
     }
 
-    // HOPPER: the scales of a chunk of `count` groups, relative to each row's largest.
+    // Image: the scales of a chunk of `count` groups, relative to each row's largest.
     SVDQ_DEVICE void chunk(u32 chunk, u32 count) const {
         __syncwarp();
         const u32 row = row0 + lane / 2, half = lane % 2 * 4;
@@ -270,7 +284,8 @@ struct Output {
             for (u32 e = 0; e < 2; ++e) {
                 const u32 row = row0 + 8 * h + 2 * q + e;
                 float scale = 1.f;
-                if (kHopper && !T::kIsBf16) {  // to fp16's range, by a power of two for each row
+                if (kForm != kNibbles &&
+                    !T::kIsBf16) {  // to fp16's range, by a power of two for each row
                     float largest = 0.f;
 #pragma unroll
                     for (int t = 0; t < RT; ++t)
@@ -290,11 +305,15 @@ struct Output {
                 for (u32 t = 0; t < RT; ++t) {
                     const u32 rank = rank0 + t * 8 + g;
                     const float value = sum[t / 2][h][t % 2 * 2 + e];
-                    if (kHopper) {
+                    if (kForm != kNibbles) {
                         // Far from overflow: products of these are added without a check.
                         constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
-                        u16* to = (u16*)p.down + ((u64)(rank / 64) * p.padded_m + row) * 64;
-                        to[((rank % 64 / 8) ^ (row % 8)) * 8 + g] =
+                        const u64 width = (p.rank + 63) / 64 * 64;
+                        const u64 at = kForm == kBytes
+                                           ? row * width + rank
+                                           : ((u64)(rank / 64) * p.padded_m + row) * 64 +
+                                                 ((rank % 64 / 8) ^ (row % 8)) * 8 + g;
+                        ((u16*)p.down)[at] =
                             (u16)T::pack(fminf(fmaxf(value * scale, -kMost), kMost), 0.f);
                     } else if (rank < (u32)p.rank) {
                         ((float*)p.down)[(u64)row * p.rank + rank] =
@@ -413,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
                     quantize_row(x.pair[h], inverse_smooth + (i * kGroup + 8 * q) * 4, codes);
                 out.codes(i, odd, h, codes, scale);
             }
-            if (kHopper && (i % kChunk == kChunk - 1 || i == count - 1))
+            if (kForm == kImage && (i % kChunk == kChunk - 1 || i == count - 1))
                 out.chunk((first + i) / kChunk, i % kChunk + 1);
         }
     };

@@ -88,12 +88,14 @@ def _operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: b
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
+    unit = int4.scale_unit(torch.full((n,), 0.01, device="cuda"), dtype)
+    steps = torch.randint(1, int4.MOST_STEPS + 1, (k // 64, n), device="cuda")
     return {
         "x": random(m, k),
         "smooth": (torch.rand(k, device="cuda") + 0.5).to(dtype),
         "proj_down": random(k, rank, scale=k**-0.5),
         "weight": int4.pack(torch.randint(-7, 8, (n, k), device="cuda", dtype=torch.int8)),
-        "weight_scale": (torch.rand(k // 64, n, device="cuda") * 0.01).to(dtype),
+        "weight_scale": (steps * unit).to(dtype),  # on a grid, as this package's quantizer stores them
         "proj_up": random(n, rank, scale=0.05),
         "bias": random(n),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from itertools import product
 
 import torch
 
@@ -23,7 +24,11 @@ def adapter_builds(
     card, shape, hopper = (capability, multiprocessors), (4608, 3072, _EXTENDED_RANK, bf16), capability == plan.HOPPER
     builds = []
     if comfy_quant.SVDQUANT_W4A4 in formats:
-        builds += [plan.quantize_launch(*card, *shape, unsigned, hopper=hopper).build for unsigned in (False, True)]
+        outputs = (plan.IMAGE, plan.BYTES) if hopper else (plan.NIBBLES,)
+        builds += [
+            plan.quantize_launch(*card, *shape, unsigned, output=output).build
+            for unsigned, output in product((False, True), outputs)
+        ]
     if comfy_quant.SVDQUANT_NVFP4 in formats:
         builds.append(plan.nvfp4_quantize_launch(*card, *shape, plan.WIDE if hopper else plan.CODES).build)
     if comfy_quant.SVDQUANT_W8A8 in formats:

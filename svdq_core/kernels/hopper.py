@@ -2,7 +2,8 @@
 
 Hopper multiplies bytes, so codes are kept as bytes there. A weight's image is made once, the first time it
 is used on a device, and lives as long as the weight: N K bytes beside the file's N K / 2. It can be told to
-go (:func:`forget`), and is made again when it is needed.
+go (:func:`forget`), and is made again when it is needed. Weights whose scales lie on a grid have a simpler image
+and another kernel (:mod:`.grid`); the one here takes any scales:
 
     image     [K / 128][rows][8 chunks of 16 bytes], chunk c of row r at place c ^ (r % 8)
     chunk     4 (group % 2) + q: columns 8q .. 8q + 7, then 32 + 8q .. 32 + 8q + 7, of the group
@@ -20,7 +21,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..numerics import int4
-from . import plan
+from . import grid, plan
 from .launch import (
     Kernel,
     KernelInputError,
@@ -111,6 +112,9 @@ def linear(
     if m:
         with on(x.device.index):
             image = _weight_image(weight, weight_scale, smooth_factor, bool(act_unsigned))
+            if isinstance(image, grid.GridImage):
+                quantized = grid.quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
+                return grid.multiply(quantized, image, proj_up, bias, act_unsigned)
             quantized = quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
             _multiply(quantized, image, _up_image(proj_up, image), bias, rank, out)
     return out
@@ -127,12 +131,13 @@ def quantize(
     allocate = torch.zeros if k % _STAGE else torch.empty
     device = x.device
     out = QuantizerOutputs(
+        plan.IMAGE,
+        rows,
         allocate((stages, rows, _STAGE), dtype=torch.uint8, device=device),
         allocate((stages, rows, 4), dtype=torch.float16, device=device),
         torch.empty((rank_blocks, rows, _RANKS), dtype=x.dtype, device=device),
         torch.empty((-(-k // _CHUNK), rows), dtype=torch.float32, device=device),
         torch.empty((rank_blocks, rows), dtype=torch.float32, device=device) if x.dtype == torch.float16 else None,
-        rows,
     )
     launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out)
     return out
@@ -202,13 +207,16 @@ def _state(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _weight_image(
     weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: bool
-) -> WeightImage:
+) -> WeightImage | grid.GridImage:
     key = (*_state(weight), weight_scale.dtype, act_unsigned)
     found = _weights.get(weight)
     if found is None or found[0] != key:
-        found = key, weight_image(weight, weight_scale, smooth_factor, act_unsigned)
-        # While a graph is captured nothing is computed: what is made then belongs to the graph.
-        if not torch.cuda.is_current_stream_capturing():
+        # While a graph is captured nothing is computed, so that scales cannot be looked at, and what is made then
+        # belongs to the graph.
+        capturing = torch.cuda.is_current_stream_capturing()
+        image = None if capturing else grid.image(weight, weight_scale)
+        found = key, image or weight_image(weight, weight_scale, smooth_factor, act_unsigned)
+        if not capturing:
             _weights[weight] = found
     return found[1]
 

@@ -67,9 +67,9 @@ def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogu
 
 @lru_cache(maxsize=4096)
 def _quantize_kernel(
-    index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int, hopper: bool
+    index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int, output: int
 ) -> tuple[Kernel, plan.QuantizeLaunch]:
-    launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, hopper)
+    launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, output)
     shared = launch.build.shared_bytes(launch.slice_groups, launch.warps)
     kernel = kernel_of(index, launch.build, launch.grid, shared)
     return kernel._replace(threads=launch.warps * 32), launch
@@ -136,14 +136,15 @@ def zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
 
 
 class QuantizerOutputs(NamedTuple):
-    """Where the quantizer writes; the last three on Hopper only (``csrc/quantize_int4.cu``)."""
+    """Where the quantizer writes, in the form of ``output`` (``csrc/quantize_int4.cu``)."""
 
+    output: int
+    padded_rows: int
     qact: torch.Tensor
     act_scale: torch.Tensor
     down: torch.Tensor
     chunk_scale: torch.Tensor | None = None
     down_scale: torch.Tensor | None = None
-    padded_rows: int = 0
 
 
 def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor) -> None:
@@ -180,10 +181,9 @@ def launch_quantizer(
     if modulation is not None:
         scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
         modulation_rows = m // modulation[0].shape[0]
-    hopper = out.chunk_scale is not None
     with on(index):
         kernel, shape = _quantize_kernel(
-            index, m, k, rank, x.dtype == torch.bfloat16, bool(act_unsigned), prologue, hopper
+            index, m, k, rank, x.dtype == torch.bfloat16, bool(act_unsigned), prologue, out.output
         )
         stream = torch._C._cuda_getCurrentRawStream(index)
         partial = counters = None
@@ -211,8 +211,8 @@ def launch_quantizer(
                 shift_pointer,
                 modulation_rows,
                 out.padded_rows,
-                out.chunk_scale.data_ptr() if hopper else 0,
-                out.down_scale.data_ptr() if hopper and out.down_scale is not None else 0,
+                0 if out.chunk_scale is None else out.chunk_scale.data_ptr(),
+                0 if out.down_scale is None else out.down_scale.data_ptr(),
             ),
         )
 
@@ -248,6 +248,8 @@ def quantize(
     proj_down = pad_rank(proj_down)
     padded = proj_down.shape[1]
     out = QuantizerOutputs(
+        plan.NIBBLES,
+        m,
         torch.empty((m, k // 2), dtype=torch.int8, device=x.device),
         torch.empty((k // plan.GROUP, m), dtype=torch.float32, device=x.device),
         torch.empty((m, padded), dtype=torch.float32, device=x.device),

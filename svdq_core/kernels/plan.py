@@ -16,6 +16,8 @@ GROUP = 64
 # Epilogues of the GEMM and prologues of the quantizer, by their number in the source.
 STORE, GELU_QUANTIZE, NORM_ROPE = 0, 1, 2
 PLAIN, GELU, MODULATE = 0, 1, 2
+# What INT4's quantizer writes: packed codes, or on Hopper bytes in the layout of either GEMM.
+NIBBLES, IMAGE, BYTES = 0, 1, 2
 # What NVFP4's quantizer writes: codes, their values in fp16, or rows' largest only (for INT8).
 CODES, WIDE, ABSMAX = 0, 1, 2
 
@@ -127,7 +129,7 @@ class QuantizeBuild:
     prologue: int = PLAIN
     stages: int = 4
     most_warps: int = 14
-    hopper: bool = False
+    output: int = NIBBLES
 
     source = "quantize_int4.cu"
     entry = "svdq_quantize_int4"
@@ -138,9 +140,9 @@ class QuantizeBuild:
         return self.most_warps * 32
 
     def shared_bytes(self, slice_groups: int = MOST_SLICE_GROUPS, warps: int | None = None) -> int:
-        """Dynamic shared memory: two steps of proj_down, x, 1 / smooth, and on Hopper the chunks' scales."""
+        """Dynamic shared memory: two steps of proj_down, x, 1 / smooth, and for an image its chunks' scales."""
         steps = 2 * 4 * GROUP * 64 if self.rank_tiles else 0
-        scales = self.rows * CHUNK_GROUPS * 4 if self.hopper else 0
+        scales = self.rows * CHUNK_GROUPS * 4 if self.output == IMAGE else 0
         return steps + (warps or self.most_warps) * (self.stages * 2048 + scales) + slice_groups * GROUP * 4
 
     def defines(self) -> dict[str, int]:
@@ -151,7 +153,7 @@ class QuantizeBuild:
             "SVDQ_RANK_TILES": self.rank_tiles,
             "SVDQ_PROLOGUE": self.prologue,
             "SVDQ_STAGES": self.stages,
-            "SVDQ_HOPPER": int(self.hopper),
+            "SVDQ_OUTPUT": self.output,
         }
 
 
@@ -222,7 +224,7 @@ class UngroupedGemmBuild:
         return {
             "SVDQ_BF16": int(self.bf16),
             "SVDQ_NVFP4": int(self.nvfp4),
-            "SVDQ_TOKENS": self.tokens,
+            "SVDQ_COLUMNS": self.tokens,
             "SVDQ_STAGES": self.stages,
         }
 
@@ -241,6 +243,67 @@ def ungrouped_build(multiprocessors: int, m: int, n: int, bf16: bool, nvfp4: boo
         return _ceil(clusters, multiprocessors // build.cluster) * (build.tokens + 16)
 
     return min((UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS), key=time)
+
+
+@dataclass(frozen=True)
+class GridGemmBuild:
+    """One build of ``csrc/gemm_grid.cu``: an output tile is 128 tokens by two halves of ``half`` columns."""
+
+    bf16: bool
+    half: int
+
+    source = "gemm_grid.cu"
+    entry = "svdq_gemm_grid"
+    rows, cluster, threads = 128, 2, 384
+    piece = 48  # columns that are stored together
+
+    @property
+    def columns(self) -> int:
+        """Of a tile."""
+        return 2 * self.half
+
+    @property
+    def _stage_bytes(self) -> int:
+        return _ceil((self.rows + self.columns) * 128 + 2 * 3 * 64 * 4, 1024) * 1024 + 16
+
+    @property
+    def _ends(self) -> int:
+        """Outputs on their way out, and their columns' units and bias."""
+        return self.rows * self.columns * 2 + 2 * self.columns * 8
+
+    @property
+    def stages(self) -> int:
+        """As many as fit."""
+        return (HOPPER_SHARED - self._ends) // self._stage_bytes
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the stages with their barriers, and what a tile's end needs."""
+        return self.stages * self._stage_bytes + self._ends
+
+    def grid(self, m: int, n: int, multiprocessors: int) -> tuple[int, int, int]:
+        """Blocks, in clusters, each of which runs over many tiles."""
+        clusters = _ceil(m, self.rows * self.cluster) * _ceil(n, self.columns)
+        return min(multiprocessors // self.cluster, clusters) * self.cluster, 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_COLUMNS": self.half, "SVDQ_STAGES": self.stages}
+
+
+# Halves of a tile's columns that ``gemm_grid.cu`` has.
+GRID_HALVES = (96, 48)
+
+
+@lru_cache(maxsize=4096)
+def grid_build(multiprocessors: int, m: int, n: int, bf16: bool) -> GridGemmBuild:
+    """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
+
+    def time(build: GridGemmBuild) -> float:
+        clusters = _ceil(m, build.rows * build.cluster) * _ceil(n, build.columns)
+        # A narrow tile reads more for a product, and each has its end: together worth about 64 columns.
+        return _ceil(clusters, multiprocessors // build.cluster) * (build.columns + 64)
+
+    return min((GridGemmBuild(bf16, half) for half in GRID_HALVES), key=time)
 
 
 @dataclass(frozen=True)
@@ -377,6 +440,7 @@ class Nvfp4GemmBuild:
     bf16: bool
     native: bool
     tile: Tile
+    epilogue: int = STORE
 
     source = "gemm_nvfp4.cu"
     entry = "svdq_gemm_nvfp4"
@@ -405,6 +469,7 @@ class Nvfp4GemmBuild:
             "SVDQ_WN": t.wn,
             "SVDQ_STAGES": t.stages,
             "SVDQ_MIN_BLOCKS": t.min_blocks,
+            "SVDQ_EPILOGUE": self.epilogue,
         }
 
 
@@ -413,6 +478,7 @@ Build = (
     | QuantizeBuild
     | HopperGemmBuild
     | UngroupedGemmBuild
+    | GridGemmBuild
     | Int8QuantizeBuild
     | Int8GemmBuild
     | GemvAwqBuild
@@ -456,10 +522,13 @@ def gemm_build(
 
 
 @lru_cache(maxsize=4096)
-def nvfp4_gemm_build(capability: int, multiprocessors: int, m: int, n: int, bf16: bool) -> Nvfp4GemmBuild:
+def nvfp4_gemm_build(
+    capability: int, multiprocessors: int, m: int, n: int, bf16: bool, epilogue: int = STORE
+) -> Nvfp4GemmBuild:
     """The same for NVFP4."""
-    tile = min(_nvfp4_tiles(capability), key=lambda t: _tile_time(t, m, n, multiprocessors))
-    return Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile)
+    tiles = _nvfp4_tiles(capability, epilogue)
+    tile = min(tiles, key=lambda t: _tile_time(t, m, n, multiprocessors))
+    return Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile, epilogue)
 
 
 @lru_cache(maxsize=4096)
@@ -468,9 +537,10 @@ def int8_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> Int8Gem
     return Int8GemmBuild(bf16, min(INT8_TILES, key=lambda t: _tile_time(t, m, n, multiprocessors)))
 
 
-def _nvfp4_tiles(capability: int) -> tuple[Tile, ...]:
+def _nvfp4_tiles(capability: int, epilogue: int) -> tuple[Tile, ...]:
     """The large tile spares bandwidth, which only the native product is fast enough to want."""
-    return (LARGE, MEDIUM, SMALL) if capability == BLOCK_SCALED else (MEDIUM, SMALL)
+    tiles = (LARGE, MEDIUM) if capability == BLOCK_SCALED else (MEDIUM,)
+    return (*tiles, SMALL) if epilogue == STORE else tiles
 
 
 def quantize_staging(capability: int) -> tuple[int, int]:
@@ -505,14 +575,14 @@ def quantize_launch(
     bf16: bool,
     unsigned: bool,
     prologue: int = PLAIN,
-    hopper: bool = False,
+    output: int = NIBBLES,
 ) -> QuantizeLaunch:
     """The build for an (m, k) input and the shape of its launch.
 
     A warp's slice of the columns is long enough that about ``BUSY_WARPS`` of them make up a
     multiprocessor's share of the work, and a block has as many warps as deals them out most evenly.
     """
-    build = QuantizeBuild(bf16, unsigned, rank_tiles(capability, rank), prologue, *quantize_staging(capability), hopper)
+    build = QuantizeBuild(bf16, unsigned, rank_tiles(capability, rank), prologue, *quantize_staging(capability), output)
     return _quantizer_shape(build, multiprocessors, m, k, rank, CHUNK_GROUPS, BUSY_WARPS)
 
 
@@ -563,9 +633,9 @@ def all_builds(capability: int) -> list[Build]:
     builds: list[Build] = []
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
-            QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), hopper)
+            QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), output)
             for rank_tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE))
-            for hopper in ((False, True) if capability == HOPPER and prologue == PLAIN else (False,))
+            for output in ((NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue == PLAIN else (NIBBLES,))
         ]
         for tile in (LARGE, MEDIUM, SMALL):
             build = GemmBuild(bf16, unsigned, tile)
@@ -578,8 +648,9 @@ def all_builds(capability: int) -> list[Build]:
             for output in ((CODES, WIDE, ABSMAX) if capability == HOPPER else (CODES, ABSMAX))
         ]
     builds += [
-        Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile)
-        for bf16, tile in product((True, False), _nvfp4_tiles(capability))
+        Nvfp4GemmBuild(bf16, capability == BLOCK_SCALED, tile, epilogue)
+        for bf16, epilogue in product((True, False), (STORE,) if capability == HOPPER else (STORE, GELU_QUANTIZE))
+        for tile in _nvfp4_tiles(capability, epilogue)
     ]
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
@@ -587,6 +658,7 @@ def all_builds(capability: int) -> list[Build]:
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
         builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]
+        builds += [GridGemmBuild(*build) for build in product((True, False), GRID_HALVES)]
     return [build for build in builds if runs_on(build, capability)]
 
 

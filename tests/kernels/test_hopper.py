@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_core.kernels import hopper, plan
+from svdq_core.kernels import grid, hopper, plan
 from svdq_core.numerics import int4
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,10 +36,25 @@ def test_main_loop_multiplies_bytes_without_waiting(bf16: bool, tmp_path: Path) 
     assert len(waits) == 4
 
 
+@pytest.mark.parametrize("half", plan.GRID_HALVES)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_grid_s_loop_scales_with_one_instruction(bf16: bool, half: int, tmp_path: Path) -> None:
+    """A stage: two groups of 128 x 2 half outputs, of which a thread has `half`; and the start of a segment."""
+    loop = sass.main_loop(list(disassembled(plan.GridGemmBuild(bf16, half), plan.HOPPER, tmp_path)), "IGMMA")
+    mix = sass.mix(loop)
+    assert mix["IGMMA"] == 8
+    assert all(f"64x{half}x32.S8.S8" in i.opcode for i in loop if i.opcode.startswith("IGMMA"))
+    assert 3 * half <= mix["FFMA"] <= 3 * half + 4, "and a few for the scales"
+    assert len(loop) < 4 * half + 140
+    assert not {"LDL", "STL", "I2F", "I2FP"} & set(mix)
+    assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 4
+
+
+@pytest.mark.parametrize("output", [plan.IMAGE, plan.BYTES])
 @pytest.mark.parametrize("rank_tiles", [0, 4])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, tmp_path: Path) -> None:
-    build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *plan.quantize_staging(plan.HOPPER), True)
+def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, output: int, tmp_path: Path) -> None:
+    build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *plan.quantize_staging(plan.HOPPER), output)
     mix = sass.mix(disassembled(build, plan.HOPPER, tmp_path))
     assert not {"LDL", "STL"} & set(mix)
     assert mix["HMMA"] == 8 * rank_tiles, "two groups at once, 16 ranks and 8 rows a product"
@@ -79,6 +94,25 @@ def test_weight_image_is_the_weight(n: int, k: int, dtype: torch.dtype) -> None:
     largest = image.column_scale[:n].double() / room
     assert ((restored - scale.double()).abs() <= scale.double() * 2**-11 + largest * 2**-25).all()
     assert relative.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_grid_s_image_is_the_weight(dtype: torch.dtype, n: int = 72, k: int = 640) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    unit = int4.scale_unit(torch.rand(n) + 1e-3, dtype)
+    scale = (torch.randint(0, int4.MOST_STEPS + 1, (k // 64, n)) * unit).to(dtype)
+    image = grid.image(int4.pack(codes), scale)
+    decoded = image.codes.double() * image.unit.double()[:, None]
+    assert torch.equal(decoded, int4.dequantize(codes, scale.t()).double())
+
+
+def test_scales_off_the_grid_have_another_image() -> None:
+    weight = int4.pack(torch.randint(-7, 8, (72, 640), dtype=torch.int8))
+    assert grid.image(weight, torch.rand(10, 72).bfloat16()) is None
+    # The code -8 of 16 negative steps would be 128.
+    weight = int4.pack(torch.full((8, 128), -8))
+    scale = torch.tensor([[-16.0], [15.0]]).expand(2, 8).contiguous().bfloat16()
+    assert grid.image(weight, scale) is None and grid.image(weight, -scale) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

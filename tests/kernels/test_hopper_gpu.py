@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdq_core.kernels import hopper, launch
+from svdq_core.kernels import grid, hopper, launch, plan
 from svdq_core.numerics import int4
 from svdq_core.ops.int4 import linear_w4a4, quantize_act_int4
 
@@ -20,7 +20,14 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
-def operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: bool = False) -> dict:
+@pytest.fixture(params=[False, True], ids=["any-scales", "scales-on-a-grid"])
+def on_grid(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def operands(
+    m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: bool = False, on_grid: bool = False
+) -> dict:
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
@@ -28,12 +35,16 @@ def operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: bo
     x[:, : k // 8] *= 20  # outlier channels
     if unsigned:
         x = torch.nn.functional.gelu(x.float()).to(dtype)
+    weight_scale = torch.rand(k // 64, n, device="cuda") * 0.01 + 0.001
+    if on_grid:
+        unit = int4.scale_unit(weight_scale.amax(dim=0), dtype)
+        weight_scale = (weight_scale / unit).ceil() * unit
     return {
         "x": x,
         "smooth_factor": (torch.rand(k, device="cuda") + 0.5).to(dtype),
         "proj_down": random(k, rank, scale=k**-0.5),
         "weight": int4.pack(torch.randint(-7, 8, (n, k), device="cuda", dtype=torch.int8)),
-        "weight_scale": (torch.rand(k // 64, n, device="cuda") * 0.01 + 0.001).to(dtype),
+        "weight_scale": weight_scale.to(dtype),
         "proj_up": random(n, rank, scale=0.05),
         "bias": random(n),
     }
@@ -58,12 +69,13 @@ def exact(o: dict, unsigned: bool = False) -> torch.Tensor:
     m, k = o["x"].shape
     x = o["x"].float() + (int4.GELU_SHIFT if unsigned else 0.0)
     _, scale = int4.quantize_groups(x / o["smooth_factor"].float(), unsigned)
-    if torch.cuda.get_device_capability() == (9, 0):
-        qact = hopper.quantize(o["x"], o["smooth_factor"], launch.pad_rank(o["proj_down"]), unsigned).qact
-        codes = bytes_to_codes(qact, m, k)
+    quantizer = o["x"], o["smooth_factor"], launch.pad_rank(o["proj_down"]), unsigned
+    if torch.cuda.get_device_capability() != (9, 0):
+        codes = int4.unpack(quantize_act_int4(*quantizer)[0], unsigned)
+    elif runs_grid(o):
+        codes = grid.quantize(*quantizer).qact
     else:
-        qact = quantize_act_int4(o["x"], o["smooth_factor"], o["proj_down"], unsigned)[0]
-        codes = int4.unpack(qact, unsigned)
+        codes = bytes_to_codes(hopper.quantize(*quantizer).qact, m, k)
     activation = codes.double() * scale.reshape(m, -1).double().repeat_interleave(64, 1)
     activation *= o["smooth_factor"].double().sign() if not unsigned and hopper_signs(o) else 1.0
     weight = int4.dequantize(int4.unpack(o["weight"]), o["weight_scale"].t()).double()
@@ -71,9 +83,14 @@ def exact(o: dict, unsigned: bool = False) -> torch.Tensor:
     return activation @ weight.t() + low_rank + o["bias"].double()
 
 
+def runs_grid(o: dict) -> bool:
+    return grid.image(o["weight"], o["weight_scale"]) is not None
+
+
 def hopper_signs(o: dict) -> bool:
     """Whether codes lack the smoothing factor's sign, which Hopper's weights carry instead."""
-    return torch.cuda.get_device_capability() == (9, 0) and bool((o["smooth_factor"] < 0).any())
+    hopper_card = torch.cuda.get_device_capability() == (9, 0)
+    return hopper_card and not runs_grid(o) and bool((o["smooth_factor"] < 0).any())
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -96,8 +113,9 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         (129, 15360, 160),
     ],
 )
-def test_layer(m: int, k: int, n: int, unsigned: bool, dtype: torch.dtype) -> None:
-    o = operands(m, k, n, 32, dtype, unsigned)
+def test_layer(m: int, k: int, n: int, unsigned: bool, dtype: torch.dtype, on_grid: bool) -> None:
+    o = operands(m, k, n, 32, dtype, unsigned, on_grid)
+    assert not on_grid or runs_grid(o)
     first, second = call(o, unsigned), call(o, unsigned)
     assert error(first, exact(o, unsigned)) < TOLERANCE[dtype]
     assert torch.equal(first, second), "the same bits every time"
@@ -105,16 +123,16 @@ def test_layer(m: int, k: int, n: int, unsigned: bool, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 1, 5, 8, 16, 24, 32, 48, 64, 72, 128, 200, 256])
-def test_ranks(rank: int, dtype: torch.dtype) -> None:
-    o = operands(300, 256, 264, rank, dtype)
+def test_ranks(rank: int, dtype: torch.dtype, on_grid: bool) -> None:
+    o = operands(300, 256, 264, rank, dtype, on_grid=on_grid)
     assert error(call(o), exact(o)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_low_rank_beside_nothing(dtype: torch.dtype) -> None:
+def test_low_rank_beside_nothing(dtype: torch.dtype, on_grid: bool) -> None:
     """Weights of zero leave the low-rank branch alone, whatever its size."""
     for scale in (1e-3, 1.0, 1e2):
-        o = operands(200, 256, 160, 32, dtype)
+        o = operands(200, 256, 160, 32, dtype, on_grid=on_grid)
         o["weight"].zero_()
         o["proj_up"] = (o["proj_up"].float() * scale).to(dtype)
         assert error(call(o), exact(o)) < TOLERANCE[dtype]
@@ -122,8 +140,8 @@ def test_low_rank_beside_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unsigned", [False, True])
-def test_nothing_finite_makes_nan(unsigned: bool, dtype: torch.dtype) -> None:
-    o = operands(96, 256, 128, 32, dtype)
+def test_nothing_finite_makes_nan(unsigned: bool, dtype: torch.dtype, on_grid: bool) -> None:
+    o = operands(96, 256, 128, 32, dtype, on_grid=on_grid)
     largest = torch.finfo(dtype).max
     o["x"].zero_()
     o["x"][0:32] = largest
@@ -136,8 +154,8 @@ def test_nothing_finite_makes_nan(unsigned: bool, dtype: torch.dtype) -> None:
 
 
 @needs_hopper
-def test_negative_smoothing_factors() -> None:
-    o = operands(64, 128, 64, 16, torch.bfloat16)
+def test_negative_smoothing_factors(on_grid: bool) -> None:
+    o = operands(64, 128, 64, 16, torch.bfloat16, on_grid=on_grid)
     o["smooth_factor"][::3] *= -1
     assert error(call(o), exact(o)) < TOLERANCE[torch.bfloat16]
 
@@ -160,8 +178,44 @@ def test_codes_are_the_references(m: int = 77, k: int = 640) -> None:
 
 
 @needs_hopper
-def test_image_lives_as_long_as_the_weight() -> None:
-    o = operands(8, 128, 64, 16, torch.bfloat16)
+@pytest.mark.parametrize("half", plan.GRID_HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_width_of_a_grid_s_tile(half: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "GRID_HALVES", (half,))
+    caches = plan.grid_build, grid._kernel
+    for cache in caches:
+        cache.cache_clear()
+    o = operands(700, 704, 520, 40, dtype, on_grid=True)
+    assert error(call(o), exact(o)) < TOLERANCE[dtype]
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_sums_as_large_as_they_can_be(unsigned: bool, dtype: torch.dtype) -> None:
+    """Every product of a row has the same sign and the largest codes: integer sums must not run over."""
+    o = operands(130, 12288, 200, 0, dtype, on_grid=True)
+    o["x"] = torch.ones_like(o["x"])
+    o["smooth_factor"].fill_(1)
+    o["weight"] = int4.pack(torch.full((200, 12288), 7, device="cuda"))
+    o["weight_scale"] = torch.full_like(o["weight_scale"], 0.25)
+    assert error(call(o, unsigned), exact(o, unsigned)) < TOLERANCE[dtype]
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_very_different_scales(dtype: torch.dtype) -> None:
+    """What one group's scale is far above the next's costs no more than the tolerance."""
+    o = operands(256, 3072, 384, 32, dtype, on_grid=True)
+    o["x"] *= torch.where(torch.rand(48, device="cuda") < 0.1, 30.0, 1.0).repeat_interleave(64).to(dtype)
+    assert error(call(o), exact(o)) < TOLERANCE[dtype]
+
+
+@needs_hopper
+def test_image_lives_as_long_as_the_weight(on_grid: bool) -> None:
+    o = operands(8, 128, 64, 16, torch.bfloat16, on_grid=on_grid)
     assert hopper.memory(o["weight"]) == 0
     before = call(o)
     assert hopper.memory(o["weight"]) > o["weight"].nbytes

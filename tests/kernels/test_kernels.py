@@ -243,9 +243,9 @@ def test_plan_fits_every_card(capability: int) -> None:
                 build = plan.gemm_build(capability, 82, m, n, capability >= 80, False, epilogue)
                 assert build in builds
                 assert build.grid(m, n)[0] * build.tile.bm * build.tile.bn >= m * n
-            for hopper in (False, capability == plan.HOPPER):
+            for output in (plan.NIBBLES, plan.IMAGE, plan.BYTES)[: 3 if capability == plan.HOPPER else 1]:
                 build, grid, warps, slice_groups = plan.quantize_launch(
-                    capability, 82, m, k, 48, capability >= 80, False, hopper=hopper
+                    capability, 82, m, k, 48, capability >= 80, False, output=output
                 )
                 assert build in builds
                 assert build.shared_bytes(slice_groups, warps) <= shared
