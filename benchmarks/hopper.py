@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from svdq_core import bench
-from svdq_core.kernels import hopper
+from svdq_core.kernels import grid
 from svdq_core.numerics import int4
 from svdq_core.ops.int4 import linear_w4a4
 
-RANKS = (0, 32, 128)
+RANKS = (0, 16, 32, 64, 128)
 FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
 
 
@@ -38,7 +38,7 @@ def relative_error(m: int, k: int, n: int, dtype: torch.dtype) -> float:
 
 
 def parts(m: int, k: int, n: int) -> dict[str, float]:
-    """Times of the layer by rank, and of its two halves at rank 32."""
+    """Times of the layer by rank; of its two halves at rank 32, and with scales that are not on a grid."""
     result = {}
     for rank in RANKS:
         size = 2 * m * k + n * k + 2 * m * n
@@ -51,9 +51,13 @@ def parts(m: int, k: int, n: int) -> dict[str, float]:
         ]
         result[f"rank{rank}_us"] = bench.median_us(layers)
         if rank == 32:
-            halves = [lambda o=o: hopper.quantize(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
+            halves = [lambda o=o: grid.quantize(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
             result["quantize_us"] = bench.median_us(halves)
             result["gemm_us"] = result["rank32_us"] - result["quantize_us"]
+            for o in sets:
+                o["weight_scale"] = (torch.rand_like(o["weight_scale"].float()) * 0.01).to(torch.bfloat16)
+                o["weight"] = o["weight"].clone()  # another weight, another image
+            result["any_scales_us"] = bench.median_us(layers)
     return result
 
 
@@ -85,6 +89,7 @@ def plot(source: Path, target: Path) -> None:
     results = json.loads(source.read_text())["results"]
     names = {
         "layer_us": "this pack, INT4 rank 32",
+        "any_scales_us": "this pack, scales off the grid",
         "nf4_us": "NF4 (bitsandbytes)",
         "kitchen_convrot_w4a4_us": "comfy-kitchen ConvRot W4A4",
         "kitchen_w4a8_us": "comfy-kitchen W4A8",

@@ -98,11 +98,35 @@ def test_speed_of_other_precisions():
     assert f"{100 * result['lora']['cost']:.1f} %" in text
 
 
+def test_int4_speed():
+    result, text = RESULTS["hopper_h200"], section("Speed on an H200")
+    peers = ("nf4", "kitchen_convrot_w4a4", "kitchen_w4a8", "kitchen_int8", "kitchen_svdquant", "fp8_gemm", "int8_gemm")
+    measured = []
+    for row in result["results"]:
+        times = [f"{row[f'{name}_us']:.0f}" for name in ("layer", "any_scales", "16bit", *peers)]
+        times[2] += f" ({row['speedup_over_16bit']:.2f}x)"
+        measured.append([f"{row['m']} x {row['k']} x {row['n']}", *times])
+    assert table("Speed on an H200", "shape") == measured
+    assert f"{result['geometric_mean_over_16bit_flux']:.2f}x over the five" in text.replace("\n", " ")
+    shapes = {f"{row['m']} x {row['k']} x {row['n']}, us": row for row in result["results"]}
+    for shape, *times in table("Speed on an H200", "rank"):
+        assert times == [f"{shapes[shape][f'rank{rank}_us']:.0f}" for rank in (0, 16, 32, 64, 128)]
+
+
 def test_quantizing_at_full_size():
-    run = RESULTS["full_size_h200"]["models"]["flux1-dev"]["fast, int4, rank 32"]
-    text = section("On the command line")
-    assert f"{run['seconds']:.1f} s" in text and f"{run['peak_gpu_gb']:.1f} GB" in text
-    assert f"{run['peak_host_gb']:.1f} GB" in text
+    models = RESULTS["full_size_h200"]["models"]
+    measured = [
+        [name, f"`{recipe}`", f"{run['seconds']:.1f}", f"{run['peak_gpu_gb']:.1f}", f"{run['peak_host_gb']:.1f}"]
+        for name, key in (("FLUX.1-dev", "flux1-dev"), ("SDXL", "sdxl"))
+        for recipe in ("fast", "balanced")
+        for run in (models[key][f"{recipe}, int4, rank 32"],)
+    ]
+    assert table("On the command line", "model") == measured
+
+
+def test_calibrating():
+    step, text = RESULTS["calibration_cost_h200"]["step_ms"], section("On the command line").replace("\n", " ")
+    assert f"{step['watched']:.0f} ms instead of {step['plain']:.0f}" in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "demo/README.md", "csrc/NOTES.md"])
