@@ -9,7 +9,7 @@
 // A stage of shared memory has 64 columns of K. Its rows of four 16-byte chunks are swizzled as in
 // gemm_int4.cu, and columns of y are dealt to fragments as there: lane q of a quad owns the WN / 4
 // columns from q * WN / 4 on, and outputs move 16 bytes at a time.
-#include "device.cuh"
+#include "epilogue.cuh"
 
 #ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_BF16 1
@@ -49,14 +49,14 @@ static_assert(kColumns % 8 == 0 && NT % 2 == 0, "outputs move 16 bytes at a time
 struct Arguments {
     const u8* act;              // (M, K) int8
     const float* act_scale;     // (M,)
-    const u16* down;            // (M, down_width)
+    const u16* down;            // (M, padded_rank)
     const float* down_scale;    // (M,) powers of two that `down` lacks; or null: all are 1
     const u8* weight;           // (N, K) int8
     const float* weight_scale;  // (N,)
     const u16* proj_up;         // (N, rank)
     const u16* bias;            // (N,) or null
     u16* out;                   // (M, N)
-    int m, n, k, rank, down_width;
+    int m, n, k, rank, padded_rank;
 };
 
 // sum (16 x 8, int32) += a (16 x 32) b (32 x 8), signed bytes.
@@ -102,43 +102,15 @@ SVDQ_DEVICE void block_tile(const Arguments& p, int& m0, int& n0) {
     n0 = rest / height * BN;
 }
 
-// sums += down . proj_up^T for a warp's tile. Any order of the rank's columns gives the same sum,
-// so lane q takes columns 4q .. 4q + 3 of each 16 as its four: one vector load a row.
-SVDQ_DEVICE void project_up(float (&acc)[MT][NT][4], const Arguments& p, int row0, int column0) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int k = 4 * q; k - 4 * q < p.rank; k += 16) {
-        uint2 b[NT];
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            const int n = min(column0 + g / 2 * kColumns + nt * 2 + g % 2, p.n - 1);
-            b[nt] = k < p.rank ? *(const uint2*)(p.proj_up + (u64)n * p.rank + k) : uint2{0, 0};
-        }
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            const int m = row0 + mt * 16 + g;
-            const uint2 low = *(const uint2*)(p.down + (u64)min(m, p.m - 1) * p.down_width + k);
-            const uint2 high =
-                *(const uint2*)(p.down + (u64)min(m + 8, p.m - 1) * p.down_width + k);
-            const u32 a[4] = {low.x, high.x, low.y, high.y};
-#pragma unroll
-            for (int nt = 0; nt < NT; ++nt)
-                mma_16bit<T>(acc[mt][nt], a, b[nt].x, b[nt].y);
-        }
-    }
-}
-
 // From sums of products to outputs: scales, the low-rank branch, the bias.
 SVDQ_DEVICE void finish(int (&sums)[MT][NT][4], const Arguments& p, int row0, int column0) {
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    const int column = column0 + lane % 4 * kColumns;
-    // Rows whose `down` was scaled into fp16's range are scaled alike while it is added.
+    const int lane = threadIdx.x % 32, column = column0 + lane % 4 * kColumns;
     float act_scale[MT * 2], row_scale[MT * 2];
+    load_row_scales<T>(row_scale, p, row0);
 #pragma unroll
-    for (int i = 0; i < MT * 2; ++i) {
-        const int row = min(row0 + i * 8 + g, p.m - 1);
-        row_scale[i] = !T::kIsBf16 && p.down_scale ? p.down_scale[row] : 1.f;
-        act_scale[i] = p.act_scale[row] * as_float(0x7F000000u - as_bits(row_scale[i]));
-    }
+    for (int i = 0; i < MT * 2; ++i)
+        act_scale[i] =
+            p.act_scale[min(row0 + i * 8 + lane / 4, p.m - 1)] * inverse_power(row_scale[i]);
     float acc[MT][NT][4];
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -151,30 +123,8 @@ SVDQ_DEVICE void finish(int (&sums)[MT][NT][4], const Arguments& p, int row0, in
             acc[i / 4][nt][i % 4] = saturate<Bf16>((float)sums[i / 4][nt][i % 4] *
                                                    (i % 2 ? scale.y : scale.x) * act_scale[i / 2]);
     }
-    if (p.rank) project_up(acc, p, row0, column0);
-    u32 bias[NT] = {};
-    if (p.bias) {
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt)
-            if (column + 2 * nt < p.n) bias[nt] = *(const u32*)(p.bias + column + 2 * nt);
-    }
-#pragma unroll
-    for (int i = 0; i < MT * 2; ++i) {
-        const int row = row0 + i * 8 + g;
-        u32 pairs[NT];
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            const float* sum = &acc[i / 2][nt][i % 2 * 2];
-            pairs[nt] = T::pack(saturate<T>(fmaf(sum[0], row_scale[i], T::low(bias[nt]))),
-                                saturate<T>(fmaf(sum[1], row_scale[i], T::high(bias[nt]))));
-        }
-        if (row >= p.m) continue;
-#pragma unroll
-        for (int j = 0; j < NT; j += 4)
-            if (column + 2 * j < p.n)
-                *(uint4*)(p.out + (u64)row * p.n + column + 2 * j) =
-                    make_uint4(pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
-    }
+    add_low_rank_and_bias<T>(acc, row_scale, p, row0, column0);
+    store<T>(acc, p, row0, column0);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@
 //
 //     codes of x  | codes of the weight | scales of x: (2, BM) words | of the weight: (8, BN) bytes
 //     (BM, 64 B)    (BN, 64 B)            word: the four of a row      as in the file
+#include "epilogue.cuh"
 #include "nvfp4.cuh"
 
 #ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
@@ -37,6 +38,7 @@
 #    define SVDQ_WN 64
 #    define SVDQ_STAGES 2
 #    define SVDQ_MIN_BLOCKS 2
+#    define SVDQ_EPILOGUE 0
 #endif
 
 namespace {
@@ -81,6 +83,16 @@ struct Arguments {
     const u16* bias;            // (N,) or null
     u16* out;                   // (M, N)
     int m, n, k, rank, padded_rank;
+    // GELU + quantize: the next layer's inputs instead of `out`
+    int next_rank, next_padded_rank;
+    const u16* next_smooth;     // (N,)
+    const u16* next_proj_down;  // (N, next_rank)
+    u8* next_codes;             // (M, N / 2)
+    u8* next_scale;             // (N / 64, M, 4) E4M3
+    float* next_sums;           // (M, next_rank), zeroed
+    u16* next_down;             // (M, next_padded_rank), zeros from next_rank on
+    float* next_down_scale;     // (M,) powers of two; fp16 only
+    u32* counters;              // zero, one for each BM rows
 };
 
 // ---- the product -------------------------------------------------------------------------------
@@ -199,16 +211,6 @@ SVDQ_DEVICE void block_tile(const Arguments& p, int& m0, int& n0) {
     n0 = rest / height * BN;
 }
 
-// A thread's columns of a vector in global memory, of which `columns` exist.
-SVDQ_DEVICE void load_row(u32 (&pairs)[kColumns / 2], const u16* from, int columns) {
-#pragma unroll
-    for (int j = 0; j < kColumns / 2; j += 4)
-        if (2 * j < columns) {
-            uint4 v = *(const uint4*)(from + 2 * j);
-            pairs[j] = v.x, pairs[j + 1] = v.y, pairs[j + 2] = v.z, pairs[j + 3] = v.w;
-        }
-}
-
 // A thread's columns of scales in shared memory.
 SVDQ_DEVICE void load_scales(u32 (&bytes)[kColumns / 4], u32 from) {
     if constexpr (kColumns == 16) {
@@ -221,44 +223,13 @@ SVDQ_DEVICE void load_scales(u32 (&bytes)[kColumns / 4], u32 from) {
     }
 }
 
-// sums += down . proj_up^T for a warp's tile. Any order of the rank's columns gives the same sum,
-// so lane q takes columns 4q .. 4q + 3 of each 16 as its four: one vector load a row.
-SVDQ_DEVICE void project_up(float (&acc)[MT][NT][4], const Arguments& p, int row0, int column0) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int k = 4 * q; k - 4 * q < p.rank; k += 16) {
-        uint2 b[NT];
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            const int n = min(column0 + g / 2 * kColumns + nt * 2 + g % 2, p.n - 1);
-            b[nt] = k < p.rank ? *(const uint2*)(p.proj_up + (u64)n * p.rank + k) : uint2{0, 0};
-        }
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            const int m = row0 + mt * 16 + g;
-            const uint2 low = *(const uint2*)(p.down + (u64)min(m, p.m - 1) * p.padded_rank + k);
-            const uint2 high =
-                *(const uint2*)(p.down + (u64)min(m + 8, p.m - 1) * p.padded_rank + k);
-            const u32 a[4] = {low.x, high.x, low.y, high.y};
-#pragma unroll
-            for (int nt = 0; nt < NT; ++nt)
-                mma_16bit<T>(acc[mt][nt], a, b[nt].x, b[nt].y);
-        }
-    }
-}
-
 // From sums of products to outputs: scales, the low-rank branch, the bias.
 SVDQ_DEVICE void finish(float (&acc)[MT][NT][4], const Arguments& p, int row0, int column0) {
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    const int column = column0 + lane % 4 * kColumns;
-    // Rows whose `down` was scaled into fp16's range are scaled alike while it is added.
-    float row_scale[MT][2];
-#pragma unroll
-    for (int i = 0; i < MT * 2; ++i)
-        row_scale[i / 2][i % 2] =
-            !T::kIsBf16 && p.down_scale ? p.down_scale[min(row0 + i * 8 + g, p.m - 1)] : 1.f;
-    u32 channel[kColumns / 2] = {}, bias[kColumns / 2] = {};
+    const int column = column0 + threadIdx.x % 4 * kColumns;
+    float row_scale[MT * 2];
+    load_row_scales<T>(row_scale, p, row0);
+    u32 channel[NT] = {};
     if (p.channel_scale) load_row(channel, p.channel_scale + column, p.n - column);
-    if (p.bias) load_row(bias, p.bias + column, p.n - column);
     const float unit = *p.tensor_scale * Product::kUnit;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -268,29 +239,149 @@ SVDQ_DEVICE void finish(float (&acc)[MT][NT][4], const Arguments& p, int row0, i
         for (int i = 0; i < MT * 4; ++i) {
             float& sum = acc[i / 4][nt][i % 4];
             sum *= i % 2 ? high : low;
-            if (!T::kIsBf16) sum *= as_float(0x7F000000u - as_bits(row_scale[i / 4][i % 4 / 2]));
+            if (!T::kIsBf16) sum *= inverse_power(row_scale[i / 2]);
         }
     }
-    if (p.rank) project_up(acc, p, row0, column0);
-#pragma unroll
+    add_low_rank_and_bias<T>(acc, row_scale, p, row0, column0);
+}
+
+// ---- epilogues -------------------------------------------------------------------------------
+
+#if SVDQ_EPILOGUE == 1  // GELU + quantize
+
+static_assert(kColumns == 16, "a lane quantizes whole groups");
+
+// The next layer's inputs, as svdq_quantize_nvfp4 would make them of GELU(y): codes, their scales
+// (a lane's 16 columns are a group), and the product with proj_down, to which the blocks of a row
+// each add their part. Shared memory, the stages done with, is used for it.
+SVDQ_DEVICE void gelu_quantize(const float (&acc)[MT][NT][4], const Arguments& p, int row0,
+                               int column0, u8* shared) {
+    constexpr int kRankChunk = 32;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int column = column0 + q * kColumns;
+    u32 smooth[NT] = {};
+    load_row(smooth, p.next_smooth + column, p.n - column);
+    float inverse_smooth[kColumns];
+#    pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+        inverse_smooth[j] = reciprocal(j % 2 ? T::high(smooth[j / 2]) : T::low(smooth[j / 2]));
+
+    u32 pairs[MT * 2][NT];
+#    pragma unroll
     for (int i = 0; i < MT * 2; ++i) {
-        const int row = row0 + i * 8 + g;
-        const float scale = T::kIsBf16 ? 1.f : row_scale[i / 2][i % 2];
-        u32 pairs[NT];
-#pragma unroll
+#    pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
-            const float* sum = &acc[i / 2][nt][i % 2 * 2];
-            pairs[nt] = T::pack(saturate<T>(fmaf(sum[0], scale, T::low(bias[nt]))),
-                                saturate<T>(fmaf(sum[1], scale, T::high(bias[nt]))));
+            const float* y = &acc[i / 2][nt][i % 2 * 2];
+            pairs[i][nt] = T::pack(gelu_tanh(saturate<T>(y[0])), gelu_tanh(saturate<T>(y[1])));
         }
-        if (row >= p.m) continue;
-#pragma unroll
-        for (int j = 0; j < NT; j += 4)
-            if (column + 2 * j < p.n)
-                *(uint4*)(p.out + (u64)row * p.n + column + 2 * j) =
-                    make_uint4(pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+        float steps[kColumns];
+        const u32 code = scale_group<T>(pairs[i], inverse_smooth, steps);
+        const int row = row0 + i * 8 + g;
+        if (row >= p.m || column >= p.n) continue;
+        *(uint2*)(p.next_codes + ((u64)row * p.n + column) / 2) =
+            code ? make_uint2(e2m1_codes(steps), e2m1_codes(steps + 8)) : make_uint2(0, 0);
+        p.next_scale[((u64)(column / 64) * p.m + row) * 4 + q] = (u8)code;
+    }
+
+    // GELU(y) . proj_down, as in gemm_int4.cu: the outputs of a product are laid out as the left
+    // operand of another, and fragment step s of lane q holds columns 16q + 4s .. + 3. Shared
+    // memory has 32 ranks of the block's BN rows of proj_down, row k's chunk c at c ^ k / 16 % 4.
+    const int warp_column = column0 % BN;
+    const int fragment_row = warp_column + lane % 8 / 2 * kColumns + lane % 2 + lane / 8 % 2 * 2;
+    for (int rank0 = 0; rank0 < p.next_rank; rank0 += kRankChunk) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < BN * 4; i += kThreads) {
+            const int k = i / 4, chunk = i % 4, n = column0 - warp_column + k;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (n < p.n && rank0 + chunk * 8 < p.next_rank)
+                v = *(const uint4*)(p.next_proj_down + (u64)n * p.next_rank + rank0 + chunk * 8);
+            *(uint4*)(shared + k * 64 + ((chunk ^ k / 16 % 4) << 4)) = v;
+        }
+        __syncthreads();
+#    pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            float sum[kRankChunk / 8][4] = {};
+#    pragma unroll
+            for (int s = 0; s < NT / 2; ++s) {
+                const u32 a[4] = {pairs[2 * mt][2 * s], pairs[2 * mt + 1][2 * s],
+                                  pairs[2 * mt][2 * s + 1], pairs[2 * mt + 1][2 * s + 1]};
+#    pragma unroll
+                for (int t = 0; t < kRankChunk / 8; t += 2) {
+                    const int k = fragment_row + 4 * s, chunk = t + lane / 16;
+                    u32 b[4];
+                    load_matrices_transposed(
+                        b, shared_address(shared) + k * 64 + ((chunk ^ k / 16 % 4) << 4));
+                    mma_16bit<T>(sum[t], a, b[0], b[1]);
+                    mma_16bit<T>(sum[t + 1], a, b[2], b[3]);
+                }
+            }
+#    pragma unroll
+            for (int i = 0; i < kRankChunk / 2; ++i) {
+                const int row = row0 + mt * 16 + g + i % 4 / 2 * 8;
+                const int rank = rank0 + i / 4 * 8 + q * 2 + i % 2;
+                if (row < p.m && rank < p.next_rank)
+                    atomicAdd(p.next_sums + (u64)row * p.next_rank + rank, sum[i / 4][i % 4]);
+            }
+        }
     }
 }
+
+// Of the blocks that share rows, the one that finishes last rounds their sums to 16 bits, for fp16
+// into its range by a power of two for each row. Eight lanes take a row.
+SVDQ_DEVICE void write_next_down(const Arguments& p, int m0, u8* shared) {
+    const int tid = threadIdx.x;
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) {
+        const u32 others = (p.n + BN - 1) / BN - 1;
+        const bool last = atomicAdd(p.counters + m0 / BM, 1u) == others;
+        if (last) p.counters[m0 / BM] = 0;  // as the next launch needs it
+        *(u32*)shared = last;
+    }
+    __syncthreads();
+    if (!*(u32*)shared) return;
+    __threadfence();
+#    pragma unroll 1
+    for (int first = 0; first < BM; first += kThreads / 8) {
+        const int row = m0 + first + tid / 8;
+        const float* sums = p.next_sums + (u64)min(row, p.m - 1) * p.next_rank;
+        float scale = 1.f;
+        if (!T::kIsBf16) {
+            float largest = 0.f;
+            for (int rank = tid % 8 * 4; rank < p.next_rank; rank += 32) {
+                const float4 v = __ldcg((const float4*)(sums + rank));
+                largest = fmaxf(fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y))),
+                                fmaxf(fabsf(v.z), fabsf(v.w)));
+            }
+            largest = quad_max(largest);
+            scale = down_power(fmaxf(largest, shuffle_xor(largest, 4)));
+            if (row < p.m && tid % 8 == 0) p.next_down_scale[row] = inverse_power(scale);
+        }
+        if (row >= p.m) continue;
+        for (int rank = tid % 8 * 4; rank < p.next_padded_rank; rank += 32) {
+            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (rank < p.next_rank) v = __ldcg((const float4*)(sums + rank));
+            *(uint2*)(p.next_down + (u64)row * p.next_padded_rank + rank) = make_uint2(
+                pack_down<T>(v.x * scale, v.y * scale), pack_down<T>(v.z * scale, v.w * scale));
+        }
+    }
+}
+
+SVDQ_DEVICE void write(const float (&acc)[MT][NT][4], const Arguments& p, int m0, int row0,
+                       int column0, u8* shared) {
+    copy_wait<0>();  // no copy may land in shared memory any more
+    gelu_quantize(acc, p, row0, column0, shared);
+    if (p.next_rank) write_next_down(p, m0, shared);
+}
+
+#else
+
+SVDQ_DEVICE void write(const float (&acc)[MT][NT][4], const Arguments& p, int, int row0,
+                       int column0, u8*) {
+    store<T>(acc, p, row0, column0);
+}
+
+#endif
 
 }  // namespace
 
@@ -422,5 +513,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SVDQ_MIN_BLOCKS)
         read += kStageBytes;
         if (read == stage0 + kStages * kStageBytes) read = stage0;
     }
-    finish(acc, p, m0 + warp_m * WM, n0 + warp_n * WN);
+    const int row0 = m0 + warp_m * WM, column0 = n0 + warp_n * WN;
+    finish(acc, p, row0, column0);
+    write(acc, p, m0, row0, column0, shared);
 }

@@ -74,3 +74,37 @@ SVDQ_DEVICE u32 e2m1_codes(const float* values) {
 #endif
     return codes;
 }
+
+// The E4M3 code of a group's scale and the group's values in units of it (zeros if it is 0).
+template <class T>
+SVDQ_DEVICE u32 scale_group(const u32 (&pairs)[8], const float (&inverse_smooth)[16],
+                            float (&steps)[16]) {
+    float part[4] = {};  // four chains of maxima, not one long one
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        steps[i] = (i % 2 ? T::high(pairs[i / 2]) : T::low(pairs[i / 2])) * inverse_smooth[i];
+        part[i % 4] = fmaxf(part[i % 4], fabsf(steps[i]));
+    }
+    const u32 code = e4m3_sixth(fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3])));
+    const float inverse = code ? reciprocal(e4m3_value(code)) : 0.f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        steps[i] = snap(steps[i] * inverse);
+    return code;
+}
+
+// ---- x . proj_down, which is kept in 16 bits
+//
+// For fp16 a row is multiplied by 2^(10 - exponent of its largest), which the GEMM takes back.
+// Small ones stay small: what is added to their products is divided by the same.
+SVDQ_DEVICE float down_power(float largest) {
+    const int exponent = 137 - (int)(as_bits(largest) >> 23);
+    return as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+}
+
+// Two of a row's, in range of products that are added unchecked.
+template <class T>
+SVDQ_DEVICE u32 pack_down(float low, float high) {
+    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
+    return T::pack(fminf(fmaxf(low, -kMost), kMost), fminf(fmaxf(high, -kMost), kMost));
+}

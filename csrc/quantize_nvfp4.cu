@@ -81,23 +81,6 @@ SVDQ_DEVICE u32 slab_offset(u32 row, u32 chunk) {
     return row * kStride + ((chunk ^ swizzle) << 4);
 }
 
-// The E4M3 code of a group's scale and the group's values in units of it (zeros if it is 0).
-SVDQ_DEVICE u32 scale_group(const u32 (&pairs)[8], const float (&inverse_smooth)[16],
-                            float (&steps)[16]) {
-    float part[4] = {};  // four chains of maxima, not one long one
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        steps[i] = (i % 2 ? T::high(pairs[i / 2]) : T::low(pairs[i / 2])) * inverse_smooth[i];
-        part[i % 4] = fmaxf(part[i % 4], fabsf(steps[i]));
-    }
-    const u32 code = e4m3_sixth(fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3])));
-    const float inverse = code ? reciprocal(e4m3_value(code)) : 0.f;
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-        steps[i] = snap(steps[i] * inverse);
-    return code;
-}
-
 // The finished sums: to 16 bits, and into the range of fp16 by a power of two for each row.
 // `load(sum, block)` gives those of a block of RT * 8 ranks.
 template <class Load>
@@ -122,16 +105,12 @@ SVDQ_DEVICE void write_down(const Arguments& p, u32 row0, u32 blocks, Load load)
 #pragma unroll
             for (int mask = 4; mask < 32; mask *= 2)
                 of_row = fmaxf(of_row, shuffle_xor(of_row, mask));
-            // 2^(10 - exponent of the largest). Small ones stay small: what is added to their
-            // products is divided by the same.
-            const int exponent = 137 - (int)(as_bits(of_row) >> 23);
-            scale[i / 2][i % 2] = as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+            scale[i / 2][i % 2] = down_power(of_row);
             const u32 row = row0 + 8 * (i / 2) + 2 * q + i % 2;
             if (g == 0 && row < (u32)p.m) p.down_scale[row] = 1.f / scale[i / 2][i % 2];
         }
         loaded = RT <= 4 && blocks == 1;  // more would not stay in registers
     }
-    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;  // products are added unchecked
     for (u32 block = 0; block < blocks; ++block) {
         if (!loaded) load(sum, block);
 #pragma unroll
@@ -140,8 +119,7 @@ SVDQ_DEVICE void write_down(const Arguments& p, u32 row0, u32 blocks, Load load)
             const u32 rank = (block * RT + i / 8 * 2 + i % 4 / 2) * 8 + g;
             const float value = sum[i / 8][h][i % 4] * scale[h][e];
             if (row < (u32)p.m)
-                p.down[(u64)row * p.padded_rank + rank] =
-                    (u16)T::pack(fminf(fmaxf(value, -kMost), kMost), 0.f);
+                p.down[(u64)row * p.padded_rank + rank] = (u16)pack_down<T>(value, 0.f);
         }
     }
     const u32 row = row0 + lane / 2;
@@ -282,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
                     continue;
                 }
                 float steps[16];
-                const u32 code = scale_group(pairs[h], inverse_of, steps);
+                const u32 code = scale_group<T>(pairs[h], inverse_of, steps);
                 if constexpr (kWide) {
                     const u32 scale = multiply_pairs(code << 7 | code << 23, 0x5C005C00u);  // 2^8
 #pragma unroll

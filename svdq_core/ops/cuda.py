@@ -68,6 +68,22 @@ def _linear_nvfp4(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *o
     return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
 
 
+def _feed_forward_nvfp4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
+    """Its parts on Hopper, where another kernel multiplies, and for shapes that the fused one does not take."""
+    weight, next_weight = operands[2], operands[10]
+    if (
+        launch.card(x.device.index)[0] == plan.HOPPER
+        or x.shape[-1] % plan.GROUP
+        or weight.shape[0] % plan.GROUP
+        or next_weight.shape[0] % 8
+    ):
+        y = nvfp4.linear_nvfp4(x, *operands[:8])
+        return nvfp4.linear_nvfp4(torch.nn.functional.gelu(y, approximate="tanh"), *operands[8:])
+    from ..kernels import nvfp4 as kernels
+
+    return kernels.feed_forward(x, *operands)
+
+
 # The first eight operands of every linear are those of ``linear_int4``; the sixth is ``proj_up``.
 _OPERATORS = {
     "quantize_act_int4": _Operator(
@@ -96,6 +112,7 @@ _OPERATORS = {
     "linear_int8": _Operator(int8._linear_int8_reference, _linear_int8, 0),
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
     "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
+    "feed_forward_nvfp4": _Operator(nvfp4._feed_forward_nvfp4_reference, _feed_forward_nvfp4, 0),
 }
 
 _library: torch.library.Library | None = None

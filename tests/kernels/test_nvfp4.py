@@ -128,7 +128,7 @@ def operands() -> dict[str, torch.Tensor]:
         ("proj_down", lambda t: t[:64], "proj_down has shape"),
         ("weight", lambda t: t[0], "weight has shape"),
         ("weight", lambda t: t[:, :32].contiguous(), "weight has shape"),
-        ("weight", lambda t: t[:60].contiguous(), "N = 60 is not a positive multiple of 8"),
+        ("weight", lambda t: t[:60].contiguous(), "N = 60 of weight is not a positive multiple of 8"),
         ("weight_scale", lambda t: t.float(), r"weight_scale is torch\.float32"),
         ("weight_scale", lambda t: t.t().contiguous(), "weight_scale has shape"),
         ("weight_tensor_scale", lambda t: t.double(), r"weight_tensor_scale is torch\.float64"),
