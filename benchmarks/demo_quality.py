@@ -150,10 +150,11 @@ def chart(rows: dict, prompts: int, path: Path) -> None:
 
 
 def rank_chart(sweep: dict[str, list[dict]], path: Path) -> None:
-    """Quality against rank, and against size."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    """Quality against rank and against size; beside them what rank costs in time, as ``benchmarks.hopper`` found."""
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
+    panels[1].sharey(panels[0])
     for (name, rows), colour in zip(sweep.items(), ("#4c78a8", "#f58518"), strict=True):
-        for axes, key in zip(panels, ("rank", "size_ratio"), strict=True):
+        for axes, key in zip(panels[:2], ("rank", "size_ratio"), strict=True):
             axes.errorbar(
                 [row[key] for row in rows],
                 [row["psnr_db"] for row in rows],
@@ -163,7 +164,16 @@ def rank_chart(sweep: dict[str, list[dict]], path: Path) -> None:
                 color=colour,
                 label=name,
             )
-            axes.spines[["top", "right"]].set_visible(False)
+    layers = json.loads((RESULTS / "hopper_h200.json").read_text())["results"]
+    layers = [row for row in layers if row["m"] == 4608]  # FLUX's
+    ranks = sorted(int(key[4:-3]) for key in layers[0] if key.startswith("rank") and key.endswith("_us"))
+    times = [sum(row[f"rank{rank}_us"] for row in layers) / 1000 for rank in ranks]
+    panels[2].plot(ranks, times, marker="o", color="#f58518")
+    panels[2].set_ylim(0, 1.1 * max(times))
+    panels[2].set_xlabel("rank of the low-rank branch")
+    panels[2].set_ylabel(f"ms, {len(layers)} FLUX layers on an H200")
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_xlabel("rank of the low-rank branch")
     panels[1].set_xlabel("times smaller than 16 bits (quantized layers)")
     panels[0].set_ylabel("PSNR, dB")

@@ -127,6 +127,8 @@ def test_quantizing_at_full_size():
 def test_calibrating():
     step, text = RESULTS["calibration_cost_h200"]["step_ms"], section("On the command line").replace("\n", " ")
     assert f"{step['watched']:.0f} ms instead of {step['plain']:.0f}" in text
+    image = RESULTS["demo_calibration"]["image_seconds"]
+    assert f"{image['watched']:.2f} s instead of {image['plain']:.2f} on" in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "demo/README.md", "csrc/NOTES.md"])

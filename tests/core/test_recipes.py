@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.layers import SVDQLinear
+from svdq_core.numerics import int4
 from svdq_core.quantizer import rounding, smoothing
 from svdq_core.quantizer.codecs import codec_of
 from svdq_core.quantizer.lowrank import truncated_svd
@@ -163,6 +166,23 @@ def test_clipped_scales_never_round_worse(form):
         wrong = rounding.dequantize(rounding.round_to_nearest(layer.weight, codec, step), codec, step) - layer.weight
         errors.append((wrong.double().square() * power).unflatten(-1, (step.shape[1], -1)).sum(dim=-1))
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all() and errors[1].sum() < errors[0].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(exponent=st.integers(-16, 12), seed=st.integers(0, 2**32))
+def test_int4_scales_lie_on_a_grid_and_reach_their_groups(dtype, exponent, seed):
+    random = torch.Generator().manual_seed(seed)
+    spread = torch.randn((6, 5, 1), generator=random).mul(3).exp().clamp(2.0**-6, 2.0**3)
+    weight = (torch.randn((6, 5, 64), generator=random) * spread * 2.0**exponent).flatten(1)
+    weight[:, :64], weight[0] = 0, 0
+    codec, power = codec_of(LayerSpec("layer", FORMATS[0], 6, 320, 0, False, dtype)), torch.ones(320)
+    full = codec.scales(weight, dtype)["weight_scale"]
+    for scale in (full, rounding.clipped_scales(weight, codec, dtype, power)["weight_scale"]):
+        assert scale.dtype == dtype and bool(torch.isfinite(scale).all())
+        assert int4.scale_grid(scale) is not None
+    assert not full[0].any() and not full[:, 0].any() and full[1:, 1:].all(), "a scale of 0 for zeros only"
+    reached = full.t().double() * int4.SIGNED_MAX
+    assert (reached >= 0.94 * weight.unflatten(1, (5, 64)).double().abs().amax(dim=-1)).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
