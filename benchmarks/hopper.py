@@ -115,7 +115,8 @@ def plot(source: Path, target: Path) -> None:
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks(range(len(results)), [f"{r['m']} x {r['k']}\nx {r['n']}" for r in results], fontsize=8)
     axes.set_ylabel("times as fast as bf16 F.linear")
-    axes.legend(fontsize=7, ncols=2)
+    axes.set_ylim(top=1.3 * axes.get_ylim()[1])
+    axes.legend(fontsize=7, ncols=3)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 

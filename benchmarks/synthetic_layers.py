@@ -29,6 +29,7 @@ import torch
 from benchmarks.methods import METHODS, PAPER, RANK, Method
 from svdq_core.formats.comfy_quant import K_MULTIPLE, NF4_W4A16, SVDQUANT_W4A4, LayerSpec
 from svdq_core.layers import SVDQLinear
+from svdq_core.quantizer.codecs import codec_of
 from svdq_core.quantizer.recipes import quantize_layer
 from svdq_core.quantizer.statistics import LayerStatistics
 
@@ -36,6 +37,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
+EXACT = "only inputs rounded"
 ROWS_SEEN, ROWS_KEPT, ROWS_JUDGED = 4096, 512, 2048
 
 
@@ -118,6 +120,22 @@ def ours(method: Method, layer: SyntheticLayer, statistics: LayerStatistics) -> 
     return SVDQLinear(quantized.spec, quantized.tensors)
 
 
+def exact_weights(layer: SyntheticLayer, statistics: LayerStatistics) -> Linear:
+    """``balanced`` with nothing rounded but the input: the most that any rounding of its weights could reach."""
+    quantized = quantize_layer(layer.spec, layer.weight, layer.bias, statistics, METHODS["ours, balanced"].recipe)
+    parts = {name: tensor.float() for name, tensor in quantized.tensors.items() if name != "weight"}
+    codec, smooth = codec_of(quantized.spec), parts["smooth_factor"]
+    branch = parts["proj_up"] @ parts["proj_down"].t()
+    rest = (layer.weight.float() - branch) * smooth
+    shifted = layer.bias.float() - rest @ (codec.shift / smooth)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        rounded = codec.activations((x + codec.shift) / smooth)
+        return rounded @ rest.t() + x @ branch.t() + shifted
+
+    return linear
+
+
 def convrot_w4a4(layer: SyntheticLayer, statistics: LayerStatistics) -> Linear:
     """comfy-kitchen's rotation and rounding, without calibration."""
     import comfy_kitchen as kitchen
@@ -140,7 +158,7 @@ def contestants() -> dict[str, Callable[[SyntheticLayer, LayerStatistics], Linea
     found = {
         name: lambda layer, statistics, method=method: ours(method, layer, statistics)
         for name, method in METHODS.items()
-    }
+    } | {EXACT: exact_weights}
     if importlib.util.find_spec("comfy_kitchen"):
         found |= {"comfy-kitchen ConvRot W4A4": convrot_w4a4, "comfy-kitchen INT8": kitchen_int8}
     return found

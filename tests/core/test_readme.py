@@ -79,6 +79,7 @@ def test_synthetic_layers():
     result, text = RESULTS["synthetic_layers"], section("Quality")
     for name in ("balanced", "best"):
         assert f"{result['mean'][f'ours, {name}']['gain_db']:.2f} dB" in text
+    assert f"{result['mean']['only inputs rounded']['gain_db']:.2f} dB" in text
     assert result["command"] in text
 
 
