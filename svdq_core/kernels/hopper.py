@@ -108,15 +108,16 @@ def linear(
     expect(name, "proj_up", proj_up, x, (n, rank), dtype)
     if bias is not None:
         expect(name, "bias", bias, x, (n,), dtype)
-    out = torch.empty((m, n), dtype=dtype, device=x.device)
-    if m:
-        with on(x.device.index):
-            image = _weight_image(weight, weight_scale, smooth_factor, bool(act_unsigned))
-            if isinstance(image, grid.GridImage):
-                quantized = grid.quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
-                return grid.multiply(quantized, image, proj_up, bias, act_unsigned)
-            quantized = quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
-            _multiply(quantized, image, _up_image(proj_up, image), bias, rank, out)
+    if m == 0:
+        return x.new_empty((m, n))
+    with on(x.device.index):
+        image = _weight_image(weight, weight_scale, smooth_factor, bool(act_unsigned))
+        if isinstance(image, grid.GridImage):
+            quantized = grid.quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
+            return grid.multiply(quantized, image, proj_up, bias, act_unsigned)
+        quantized = quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
+        out = x.new_empty((m, n))
+        _multiply(quantized, image, _up_image(proj_up, image), bias, rank, out)
     return out
 
 

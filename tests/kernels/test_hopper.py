@@ -50,6 +50,16 @@ def test_a_grid_s_loop_scales_with_one_instruction(bf16: bool, half: int, tmp_pa
     assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 4
 
 
+def test_a_grid_s_tiles_are_wide_where_there_are_many() -> None:
+    for m, n in ((1, 8), (512, 9216), (4608, 3072), (4608, 21504)):
+        build = plan.grid_build(132, m, n, True)
+        assert build in plan.all_builds(plan.HOPPER)
+        blocks = build.grid(m, n, 132)[0]
+        assert blocks % build.cluster == 0 and 0 < blocks <= 132
+    assert plan.grid_build(132, 4608, 3072, True).columns == 192
+    assert plan.grid_build(132, 512, 9216, True).columns == 96
+
+
 @pytest.mark.parametrize("output", [plan.IMAGE, plan.BYTES])
 @pytest.mark.parametrize("rank_tiles", [0, 4])
 @pytest.mark.parametrize("bf16", [True, False])
