@@ -37,10 +37,9 @@ def truncated_svd(
         return matrix.new_empty((n, 0)), matrix.new_empty((k, 0))
     width = min(rank + _OVERSAMPLING, n, k)
     start = torch.randn((k, width), generator=generator).to(matrix.device)
-    basis = _orthonormal(matrix @ _times(metric, start), 1)
-    for left in reversed(range(power_iterations)):
-        # Before the last pass it is enough that no direction is lost among the others.
-        basis = _orthonormal(matrix @ _times(metric, matrix.t() @ basis), 1 if left else 2)
+    basis = _orthonormal(matrix @ _times(metric, start))
+    for _ in range(power_iterations):
+        basis = _orthonormal(matrix @ _times(metric, matrix.t() @ basis))
     inside = matrix.t() @ basis  # (K, width): the matrix as the basis sees it
     left = _eigen(inside.double().t() @ _times(metric, inside).double())[1].float()
     kept = min(rank, width)
@@ -62,13 +61,13 @@ def _times(metric: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
     return metric[:, None] * columns if metric.dim() == 1 else metric @ columns
 
 
-def _orthonormal(vectors: torch.Tensor, passes: int) -> torch.Tensor:
+def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
     """(N, w) orthonormal columns with the span of ``vectors``; dependent ones become zero.
 
     By the Gram matrix in float64: products and one small eigenproblem, where a Householder QR of so
     tall a matrix is a long chain of tiny steps, slow on a GPU and on a busy CPU.
     """
-    for _ in range(passes):  # a second one makes up for the squared condition of the first
+    for _ in range(2):  # the second pass makes up for the squared condition of the first
         vectors = vectors.double()
         squares, directions = _eigen(vectors.t() @ vectors)
         inverse = torch.where(squares > _EPSILON * squares[-1], squares.clamp(min=0).rsqrt(), 0.0)
