@@ -154,7 +154,7 @@ def measure_layers() -> list[dict]:
 
 
 def measure_modulations(bandwidth: float) -> list[dict]:
-    """W4A16 at FLUX's modulations."""
+    """W4A16 at FLUX's modulations, and a copy of as many bytes: so few that it does not reach the bandwidth either."""
     results = []
     for (k, n), m in ((shape, m) for shape in MODULATIONS for m in (1, 4, 8)):
         moved = n * k // 2 + 4 * n * k // awq.GROUP_SIZE + 2 * (m * k + m * n + n)
@@ -162,8 +162,12 @@ def measure_modulations(bandwidth: float) -> list[dict]:
         us = bench.median_us([lambda o=o: linear_awq_w4a16(**o) for o in sets])
         weights = bench.copies(lambda s=(n, k): torch.randn(s, device="cuda", dtype=torch.bfloat16), 2 * n * k)
         dense = bench.median_us([lambda w=w, o=sets[0]: torch.nn.functional.linear(o["x"], w) for w in weights])
-        share = moved / (us * 1e-6) / bandwidth
-        results.append({"m": m, "k": k, "n": n, "w4a16_us": us, "share_of_copy_bandwidth": share, "16bit_us": dense})
+        halves = bench.copies(
+            lambda size=moved // 8: (torch.randn(size, device="cuda"), torch.empty(size, device="cuda")), moved
+        )
+        copy = bench.median_us([lambda a=a, b=b: torch.mul(a, 1.0, out=b) for a, b in halves])
+        result = {"m": m, "k": k, "n": n, "w4a16_us": us, "16bit_us": dense, "copy_us": copy}
+        results.append(result | {"share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth})
         print(results[-1], flush=True)
     return results
 

@@ -3,15 +3,24 @@
 //
 // Tensor cores make the products, with W on the left: its 16 x 16 fragments meet 16 x 8 of x^T, so
 // eight rows of x cost what one does. Codes plus an offset are exact in 16 bits; a group's sums,
-// and those of x alone, which the zeros want, are float32 and are scaled when the group ends:
+// and those of x alone, which the zeros want, are float32 and are scaled when the group ends (24 is
+// the offset and the codes' centre):
 //
-//     y[n] += scale[g, n] * (sum of (code + 128) * x) + (zero - 136 scale)[g, n] * (sum of x)
+//     y[n] += scale[g, n] * (sum of (code + 16) * x - 24 * sum of x) + zero[g, n] * (sum of x)
 //
-// A block has 16 outputs. Its warps take turns at steps of four groups, each with STAGES of its
-// own: of W a lane copies what lies together in memory, 16 bytes at a time, STAGES - 1 steps ahead.
+//                     K
+//                warp 0 | warp 1 | ...    Block b has the tiles of 16 outputs b, b + blocks and so
+//     tile b      256   |  256   |        on: the card reads W from its beginning to its end. A
+//     b + blocks        |        |        warp has four groups of K, and x of them in registers. It
+//     b + 2 blocks      |        |        runs alone, with copies STAGES - 1 tiles ahead, and keeps
+//     ...               |        |        its sums; in the end the block adds them up.
 //
-//     stage:   codes, 16 rows of 128 bytes | scales, 4 groups of 16 | zeros, 4 groups of 16
-//              chunk c of row r at c ^ (2 * (r / 2 % 4))
+// Where the warps of a block cannot cover K, they go through the tiles again with other groups.
+// Where N is an odd number of eights, the last tile begins eight early.
+//
+//     shared memory:  stages [warp][STAGES]  |  bias [tile][16]  |  sums [tile][warp][row of x][16]
+//     a stage:        codes, 16 rows of 128 bytes | scales, 4 groups of 16 | zeros, 4 groups of 16
+//                     chunk c of row r at c ^ (2 * (r / 2 % 4))
 //
 // Row g of a fragment is output 2g, row g + 8 output 2g + 1 (g = lane / 4, q = lane % 4), so a
 // lane's two scales are a word. In a group lane q has columns 16q .. 16q + 15; nibbles j and j + 4
@@ -20,9 +29,8 @@
 
 #ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_BF16 1
-#    define SVDQ_WARPS 4
+#    define SVDQ_WARPS 12
 #    define SVDQ_STAGES 2
-#    define SVDQ_MIN_BLOCKS 5
 #endif
 
 namespace {
@@ -32,13 +40,11 @@ using T = Bf16;
 #else
 using T = Fp16;
 #endif
-constexpr int kWarps = SVDQ_WARPS, kStages = SVDQ_STAGES;
-constexpr int kRows = 16, kMostM = 8;
-constexpr int kStep = 4;  // groups of a stage
-constexpr int kCodes = kRows * kStep * kGroup / 2;
-constexpr int kScales = kRows * kStep * 2;
+constexpr int kStages = SVDQ_STAGES;
+constexpr int kRows = 16, kGroups = 4;  // of a stage
+constexpr int kRowBytes = kGroups * kGroup / 2;
+constexpr int kCodes = kRows * kRowBytes, kScales = kRows * kGroups * 2;
 constexpr int kStageBytes = kCodes + 2 * kScales;
-static_assert(kStages * kStageBytes >= kRows * kMostM * 4, "a warp's sums take its stages' place");
 
 struct Arguments {
     const u16* x;      // (M, K)
@@ -48,131 +54,214 @@ struct Arguments {
     const u16* bias;   // (N,) or null
     u16* out;          // (M, N)
     int m, n, k;
+    int rounds;         // until the warps have gone through K
+    int tiles, longer;  // of a block; the first `longer` blocks have one more
 };
 
-// Behind a suitable exponent a nibble is the last digits of a number: 128 + code in bf16, 1024 +
-// code in fp16. What that adds to a group's sum, the zero takes off again.
-constexpr u32 kExponent = T::kIsBf16 ? 0x43004300u : 0x64006400u;
-constexpr float kOffset = T::kIsBf16 ? 136.f : 1032.f;  // with the centre, 8
+// A nibble in the mantissa's place of 8, 4, 2 and 1 of a number in [16, 32) makes it 16 + code.
+constexpr u32 kSixteen = T::kIsBf16 ? 0x41804180u : 0x4C004C00u;
+constexpr int kPlace = T::kIsBf16 ? 3 : 6;
+constexpr u32 kMask = 0x000F000Fu << kPlace;
+constexpr float kOffset = 16.f + 8.f;  // with the codes' centre
 
-// Nibbles `shift` / 4 and that + 4 of a word as 16-bit numbers.
-SVDQ_DEVICE u32 decode(u32 word, int shift) {
-    return (word >> shift & 0x000F000Fu) | kExponent;
+// Nibbles J and J + 4 of a word as 16-bit numbers. With the mask in a register, 2 instructions.
+template <int J>
+SVDQ_DEVICE u32 decode(u32 word, u32 mask) {
+    constexpr int kLeft = kPlace - 4 * J;
+    if constexpr (kLeft > 0)
+        return (word << kLeft & mask) | kSixteen;
+    else
+        return (word >> -kLeft & mask) | kSixteen;
 }
 
-// The 16 columns of x that a lane has in a group, paired as codes are.
-struct Columns {
-    u32 pair[8];
+// The same value, of which the compiler cannot tell how it came about: it keeps it in a register
+// where it would compute it anew for every tile.
+SVDQ_DEVICE u32 kept(u32 value) {
+    return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
+}
 
-    SVDQ_DEVICE Columns(const uint4& first, const uint4& second) {
-        const u32 from[8] = {first.x,  first.y,  first.z,  first.w,
-                             second.x, second.y, second.z, second.w};
+// Of a group, a lane's 16 columns of a row of x.
+struct Columns {
+    uint4 first, second;
+
+    SVDQ_DEVICE void read(const u16* x) {
+        first = ((const uint4*)x)[0];
+        second = ((const uint4*)x)[1];
+    }
+};
+
+// The same, paired as codes are; sums of two rows of x, and what the group's products with codes
+// start from.
+struct Operand {
+    u32 pair[8];
+    float sum[2], start[4];
+
+    SVDQ_DEVICE void take(const Columns& x) {
+        const u32 from[8] = {x.first.x,  x.first.y,  x.first.z,  x.first.w,
+                             x.second.x, x.second.y, x.second.z, x.second.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             pair[i] = __byte_perm(from[i / 4 * 4 + i % 4 / 2], from[i / 4 * 4 + i % 4 / 2 + 2],
                                   i % 2 ? 0x7632 : 0x5410);
+        constexpr u32 kOne = T::kIsBf16 ? 0x3F803F80u : 0x3C003C00u;
+        const u32 ones[4] = {kOne, kOne, kOne, kOne};
+        float sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < 8; i += 2)
+            mma_16bit<T>(sums, ones, pair[i], pair[i + 1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            sum[e % 2] = sums[e];
+            start[e] = as_float(kept(as_bits(-kOffset * sums[e])));
+        }
     }
 };
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32, SVDQ_MIN_BLOCKS)
-    svdq_gemv_awq(const Arguments p) {
+extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(const Arguments p) {
     extern __shared__ __align__(128) u8 shared[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-    const int n0 = blockIdx.x * kRows;
-    const int groups = p.k / kGroup, steps = (groups + kStep - 1) / kStep;
-    u8* const stages = shared + warp * kStages * kStageBytes;
+    const u32 lane = kept(threadIdx.x % 32);
+    const int warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const int warps = blockDim.x / 32, groups = p.k / kGroup;
 
-    auto load_stage = [&](int step) {
-        u8* const stage = stages + step / kWarps % kStages * kStageBytes;
+    // x comes first: behind the copies of W it would wait for all of them. In place of rows and
+    // groups that x does not have others are read: their sums are not used.
+    const u16* const x_row = p.x + (u32)min(g, p.m - 1) * p.k + q * 16;
+    Columns columns[kGroups];
+    auto read_x = [&](int round) {
 #pragma unroll
-        for (int i = 0; i < kRows / 4; ++i) {
-            const int row = lane / 8 + 4 * i, chunk = lane % 8;
-            copy_or_zero<16>(
-                shared_address(stage + row * 128 + ((chunk ^ row / 2 % 4 * 2) << 4)),
-                p.weight + ((u64)(n0 + row) * p.k + (step * kStep * kGroup + chunk * 32)) / 2,
-                n0 + row < p.n && step * kStep + chunk / 2 < groups);
-        }
-        if (lane < 16) {
-            const int group = step * kStep + lane / 2 % 4, n = n0 + lane % 2 * 8;
-            copy_or_zero<16>(shared_address(stage + kCodes + lane * 16),
-                             (lane < 8 ? p.scale : p.zero) + (u64)group * p.n + n,
-                             group < groups && n < p.n);
-        }
+        for (int i = 0; i < kGroups; ++i)
+            columns[i].read(x_row + min((round * warps + warp) * kGroups + i, groups - 1) * kGroup);
     };
+    read_x(0);
 
+    // Copies: 16 bytes of rows lane / 8 + 4i, and with 16 of the lanes those of the same groups'
+    // scales and zeros.
+    const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
+    const int first_n = block * kRows, step_n = gridDim.x * kRows, last_n = p.n - kRows;
+    const u32 stages = kept(shared_address(shared + warp * kStages * kStageBytes));
+    const u32 row_bytes = p.k / 2, row = lane / 8, chunk = lane % 8;
+    const u32 to = kept(row * kRowBytes + ((chunk ^ row / 2 * 2) << 4)), to_odd = kept(to ^ 64);
+    const u32 scale_to = kept(kCodes + lane * 16);
+    const u16* const scales = (lane < 8 ? p.scale : p.zero) + lane % 2 * 8;
+    int copies = p.rounds * tiles, copy_n = first_n, copy_group = warp * kGroups + lane % 8 / 2;
+    u32 copy_slot = stages;
+    auto copy_stage = [&]() {
+        if (--copies >= 0) {
+            const u32 n = min(copy_n, last_n);
+            const u32 group = min(copy_group, groups - 1);
+            const u8* const codes =
+                p.weight + ((n + row) * row_bytes + group * (kGroup / 2) + lane % 2 * 16);
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-        if (warp + s * kWarps < steps) load_stage(warp + s * kWarps);
+            for (int i = 0; i < kRows / 4; ++i)
+                copy_or_zero<16>(copy_slot + (i % 2 ? to_odd : to) + i * 4 * kRowBytes,
+                                 codes + i * 4 * row_bytes, true);
+            // Where K has ended, scales of zero keep out what is read.
+            if (lane < 16)
+                copy_or_zero<16>(copy_slot + scale_to, scales + (group * p.n + n),
+                                 copy_group < groups);
+            copy_n += step_n;
+            if (copy_n == first_n + tiles * step_n) {
+                copy_n = first_n;
+                copy_group += warps * kGroups;
+            }
+            copy_slot += kStageBytes;
+            if (copy_slot == stages + kStages * kStageBytes) copy_slot = stages;
+        }
         copy_commit();
+    };
+    u16* const bias = (u16*)(shared + warps * kStages * kStageBytes);
+    if (p.bias)
+        for (int i = threadIdx.x; i < tiles * 2; i += warps * 32)
+            copy_or_zero<16>(shared_address(bias + i * 8),
+                             p.bias + min(first_n + i / 2 * step_n, last_n) + i % 2 * 8, true);
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s)
+        copy_stage();
+
+    const u32 codes_at = kept(2 * g * kRowBytes + g % 4 * 32 + q * 8),
+              scales_at = kept(kCodes + g * 4);
+    // K is even. Of a mere constant the compiler would make a register anew for every word.
+    const u32 mask = p.k % 2 ? 0 : kMask;
+    float* const sums = (float*)(bias + tiles * kRows);
+    const u32 sums_stride = warps * p.m * kRows * 4;
+    const u32 sums_start = kept(shared_address(sums + (warp * p.m + 2 * q) * kRows + 2 * g));
+    u32 slot = stages;
+    for (int round = 0; round < p.rounds; ++round) {
+        Operand x[kGroups];
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+            x[i].take(columns[i]);
+        u32 sums_at = sums_start;
+        for (int tile = 0; tile < tiles; ++tile, sums_at += sums_stride) {
+            copy_stage();
+            copy_wait<kStages - 1>();
+            __syncwarp();
+            float acc[4] = {};
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+                const uint2 even = load_shared8((slot + codes_at) ^ i * 32);
+                const uint2 odd = load_shared8(((slot + codes_at) ^ i * 32) + kRowBytes);
+                const u32 scale = load_shared4(slot + scales_at + i * kRows * 2);
+                const u32 zero = load_shared4(slot + scales_at + kScales + i * kRows * 2);
+                float products[4] = {x[i].start[0], x[i].start[1], x[i].start[2], x[i].start[3]};
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const u32 word[2] = {half ? even.y : even.x, half ? odd.y : odd.x};
+                    const u32 low[4] = {decode<0>(word[0], mask), decode<0>(word[1], mask),
+                                        decode<1>(word[0], mask), decode<1>(word[1], mask)};
+                    const u32 high[4] = {decode<2>(word[0], mask), decode<2>(word[1], mask),
+                                         decode<3>(word[0], mask), decode<3>(word[1], mask)};
+                    mma_16bit<T>(products, low, x[i].pair[4 * half], x[i].pair[4 * half + 1]);
+                    mma_16bit<T>(products, high, x[i].pair[4 * half + 2], x[i].pair[4 * half + 3]);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float s = e < 2 ? T::low(scale) : T::high(scale);
+                    const float z = e < 2 ? T::low(zero) : T::high(zero);
+                    acc[e] = fmaf(s, products[e], fmaf(z, x[i].sum[e % 2], acc[e]));
+                }
+            }
+            slot += kStageBytes;
+            if (slot == stages + kStages * kStageBytes) slot = stages;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                if (2 * q + h >= p.m) break;
+                const u32 at = sums_at + h * kRows * 4;
+                if (round) {
+                    const uint2 before = load_shared8(at);
+                    acc[h] += as_float(before.x);
+                    acc[2 + h] += as_float(before.y);
+                }
+                store_shared8(at, as_bits(acc[h]), as_bits(acc[2 + h]));
+            }
+            __syncwarp();
+        }
+        // After the last round for nothing, but under a condition the compiler would pair x for
+        // every tile anew.
+        read_x(round + 1);
     }
 
-    // In place of rows and groups that x does not have others are read: their sums are not used.
-    const u16* const x_row = p.x + (u64)min(g, p.m - 1) * p.k + q * 16;
-    float acc[4] = {};
-    for (int step = warp; step < steps; step += kWarps) {
-        const int next = step + (kStages - 1) * kWarps;
-        if (next < steps) load_stage(next);
-        copy_commit();
-        // x is on its way while the wait for W is on.
-        uint4 x[kStep][2];
-#pragma unroll
-        for (int i = 0; i < kStep; ++i) {
-            const int group = min(step * kStep + i, groups - 1);
-            const uint4* from = (const uint4*)(x_row + group * kGroup);
-            x[i][0] = from[0];
-            x[i][1] = from[1];
-        }
-        copy_wait<kStages - 1>();
-        __syncwarp();
-        const u8* const stage = stages + step / kWarps % kStages * kStageBytes;
-#pragma unroll
-        for (int i = 0; i < kStep; ++i) {
-            const Columns columns(x[i][0], x[i][1]);
-            const u32 chunk = (2 * i + q / 2) ^ g % 4 * 2;
-            const u8* const codes = stage + 2 * g * 128 + (chunk << 4) + q % 2 * 8;
-            const uint2 even = *(const uint2*)codes, odd = *(const uint2*)(codes + 128);
-            const u32 left[2][2] = {{even.x, odd.x}, {even.y, odd.y}};
-            float sums[4] = {}, of_x[4] = {};
-#pragma unroll
-            for (int product = 0; product < 4; ++product) {
-                const u32(&word)[2] = left[product / 2];
-                const int shift = product % 2 * 8;
-                const u32 a[4] = {decode(word[0], shift), decode(word[1], shift),
-                                  decode(word[0], shift + 4), decode(word[1], shift + 4)};
-                const u32 one = T::kIsBf16 ? 0x3F803F80u : 0x3C003C00u,
-                          ones[4] = {one, one, one, one};
-                mma_16bit<T>(sums, a, columns.pair[2 * product], columns.pair[2 * product + 1]);
-                mma_16bit<T>(of_x, ones, columns.pair[2 * product], columns.pair[2 * product + 1]);
-            }
-            const u32 scale = *(const u32*)(stage + kCodes + i * kRows * 2 + g * 4);
-            const u32 zero = *(const u32*)(stage + kCodes + kScales + i * kRows * 2 + g * 4);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float s = e < 2 ? T::low(scale) : T::high(scale);
-                const float z = fmaf(-kOffset, s, e < 2 ? T::low(zero) : T::high(zero));
-                acc[e] = fmaf(s, sums[e], fmaf(z, of_x[e], acc[e]));
-            }
-        }
-        __syncwarp();
-    }
-
-    // The warps' sums, where the stages were: [warp][row of x][output].
     copy_wait<0>();
     __syncthreads();
-    float* const total = (float*)shared;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-        total[(warp * kMostM + 2 * q + e % 2) * kRows + 2 * g + e / 2] = acc[e];
-    __syncthreads();
-    for (int i = threadIdx.x; i < kMostM * kRows; i += kWarps * 32) {
-        const int m = i / kRows, n = n0 + i % kRows;
-        if (m >= p.m || n >= p.n) continue;
-        float sum = p.bias ? T::low(p.bias[n]) : 0.f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w)
-            sum += total[w * kMostM * kRows + i];
-        p.out[(u64)m * p.n + n] = (u16)T::pack(saturate<T>(sum), 0.f);
+    // Four outputs of a row of x for each thread.
+    const int quads = p.m * (kRows / 4);
+    for (int i = threadIdx.x; i < tiles * quads; i += warps * 32) {
+        const int tile = i / quads, quad = i % quads, m = quad / (kRows / 4);
+        const int column = quad % (kRows / 4) * 4,
+                  n = min(first_n + tile * step_n, last_n) + column;
+        uint2 first = make_uint2(0, 0);
+        if (p.bias) first = *(const uint2*)(bias + tile * kRows + column);
+        float y[4] = {T::low(first.x), T::high(first.x), T::low(first.y), T::high(first.y)};
+        const float4* from = (const float4*)sums + tile * warps * quads + quad;
+#pragma unroll 4
+        for (int w = 0; w < warps; ++w) {
+            const float4 v = from[w * quads];
+            y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+        }
+        *(uint2*)(p.out + (u32)m * p.n + n) =
+            make_uint2(T::pack(saturate<T>(y[0]), saturate<T>(y[1])),
+                       T::pack(saturate<T>(y[2]), saturate<T>(y[3])));
     }
 }

@@ -9,9 +9,9 @@ import torch
 
 from ..numerics import awq, int4
 from . import plan
-from .launch import SIXTEEN_BIT, Kernel, KernelInputError, check_limits, expect, kernel_of, on
+from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on
 
-_GEMV = struct.Struct("6P3i4x")
+_GEMV = struct.Struct("6P6i")
 _NAME = "linear_awq_w4a16"
 _SLAB = 2**22  # weights that are dequantized at once: 16 MB of float32
 
@@ -40,14 +40,15 @@ def linear(
     expect(_NAME, "weight_zero", weight_zero, x, (k // plan.GROUP, n), x.dtype)
     if bias is not None:
         expect(_NAME, "bias", bias, x, (n,), x.dtype)
-    # The kernel copies eight scales at a time.
-    if m > plan.GemvAwqBuild.most_m or n % 8:
+    # The kernel copies eight scales at a time, of 16 outputs.
+    if m > plan.GemvAwqBuild.most_m or n < plan.GemvAwqBuild.rows or n % 8:
         return _dequantize_and_multiply(x, weight, weight_scale, weight_zero, bias)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m:
         index = x.device.index
         with on(index):
-            _kernel(index, n, x.dtype == torch.bfloat16).launch(
+            kernel, shape = _kernel(index, m, n, k, x.dtype == torch.bfloat16)
+            kernel.launch(
                 torch._C._cuda_getCurrentRawStream(index),
                 _GEMV.pack(
                     x.data_ptr(),
@@ -59,25 +60,35 @@ def linear(
                     m,
                     n,
                     k,
+                    shape.rounds,
+                    shape.tiles,
+                    shape.longer,
                 ),
             )
     return out
 
 
 @lru_cache(maxsize=4096)
-def _kernel(index: int, n: int, bf16: bool) -> Kernel:
-    build = plan.GemvAwqBuild(bf16)
-    return kernel_of(index, build, build.grid(n), build.shared_bytes())
+def _kernel(index: int, m: int, n: int, k: int, bf16: bool) -> tuple[Kernel, plan.GemvLaunch]:
+    shape = plan.gemv_awq_launch(*card(index), m, n, k, bf16)
+    kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
+    return kernel._replace(threads=shape.warps * 32), shape
 
 
 def _dequantize_and_multiply(x, weight, weight_scale, weight_zero, bias) -> torch.Tensor:
-    """A 16-bit product with the weight, of which a slab of rows at a time is dequantized."""
+    """A product with the weight, of which a slab of rows at a time is dequantized.
+
+    For many rows it is a 16-bit product, so the weight is rounded. For as few as the kernel takes it is a float32
+    one, as exact as the kernel; it costs no more, since it is the weight that takes the time.
+    """
     (m, k), n = x.shape, weight.shape[0]
+    dtype = x.dtype if m > plan.GemvAwqBuild.most_m else torch.float32
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     rows = max(_SLAB // k, 1)
     for first in range(0, n, rows):
         slab = slice(first, first + rows)
         codes = int4.unpack(weight[slab], unsigned=True)
         values = awq.dequantize(codes, weight_scale[:, slab].t(), weight_zero[:, slab].t())
-        out[:, slab] = torch.nn.functional.linear(x, values.to(x.dtype), None if bias is None else bias[slab])
+        slab_bias = None if bias is None else bias[slab].to(dtype)
+        out[:, slab] = torch.nn.functional.linear(x.to(dtype), values.to(dtype), slab_bias)
     return out

@@ -371,32 +371,78 @@ INT8_TILES = (replace(MEDIUM, stages=3), SMALL)
 
 @dataclass(frozen=True)
 class GemvAwqBuild:
-    """One build of ``csrc/gemv_awq.cu``."""
+    """One build of ``csrc/gemv_awq.cu``; a warp has ``stages`` tiles of 16 outputs and four groups at once."""
 
     bf16: bool
+    stages: int
+    most_shared: int
 
     source = "gemv_awq.cu"
     entry = "svdq_gemv_awq"
-    rows, most_m = 16, 8  # outputs of a block, rows of x
-    warps, stages, min_blocks = 4, 2, 5
-    threads = warps * 32
+    rows, groups, most_m = 16, 4, 8  # outputs of a tile, groups of a stage, rows of x
+    most_warps = 12
+    threads = most_warps * 32
+
+    @property
+    def warp_bytes(self) -> int:
+        """Shared memory of a warp's stages: codes, scales and zeros."""
+        return self.stages * self.rows * self.groups * (GROUP // 2 + 4)
+
+    def tile_bytes(self, m: int, warps: int) -> int:
+        """Shared memory that a tile of outputs takes: its bias, and what the warps add up for m rows."""
+        return self.rows * (2 + 4 * m * warps)
 
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: for each warp, stages of four groups' codes, scales and zeros."""
-        return self.warps * self.stages * self.rows * 4 * (GROUP // 2 + 4)
-
-    def grid(self, n: int) -> tuple[int, int, int]:
-        """Blocks for n outputs."""
-        return _ceil(n, self.rows), 1, 1
+        """The most dynamic shared memory that a launch asks for."""
+        return self.most_shared
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
-        return {
-            "SVDQ_BF16": int(self.bf16),
-            "SVDQ_WARPS": self.warps,
-            "SVDQ_STAGES": self.stages,
-            "SVDQ_MIN_BLOCKS": self.min_blocks,
-        }
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_WARPS": self.most_warps, "SVDQ_STAGES": self.stages}
+
+
+def gemv_awq_build(capability: int, bf16: bool) -> GemvAwqBuild:
+    """The build for a card. sm_75 copies at once, so a second stage would be of no use to it."""
+    if capability < 80:
+        return GemvAwqBuild(bf16, 1, 64 * 1024)
+    return GemvAwqBuild(bf16, 2, (163 if capability in (80, 90, 100, 103) else 99) * 1024)
+
+
+class GemvLaunch(NamedTuple):
+    """How the W4A16 kernel is launched.
+
+    Attributes:
+        rounds: how often the warps go through a block's tiles, until they have gone through K.
+        tiles: of a block; the ``longer`` first ones have one more.
+        shared: bytes.
+    """
+
+    build: GemvAwqBuild
+    blocks: int
+    warps: int
+    rounds: int
+    tiles: int
+    longer: int
+    shared: int
+
+
+@lru_cache(maxsize=4096)
+def gemv_awq_launch(capability: int, multiprocessors: int, m: int, n: int, k: int, bf16: bool) -> GemvLaunch:
+    """The build for m rows, n outputs and k columns, and the shape of its launch.
+
+    A block's warps share K evenly, and the blocks the tiles of outputs: as many blocks as fill the card with
+    warps, or as fill it several times, where a block has no room for so many tiles' sums.
+    """
+    build = gemv_awq_build(capability, bf16)
+    steps, tiles = _ceil(k, GROUP * build.groups), _ceil(n, build.rows)
+    rounds = _ceil(steps, build.most_warps)
+    warps = _ceil(steps, rounds)
+    stages, tile = warps * build.warp_bytes, build.tile_bytes(m, warps)
+    filling = multiprocessors * (build.most_warps // warps)
+    room = filling * ((build.most_shared - stages) // tile)
+    blocks = min(tiles, filling * _ceil(tiles, room))
+    shared = stages + _ceil(tiles, blocks) * tile
+    return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), shared)
 
 
 @dataclass(frozen=True)
@@ -654,7 +700,7 @@ def all_builds(capability: int) -> list[Build]:
     ]
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
-    builds += [GemvAwqBuild(bf16) for bf16 in (True, False)]
+    builds += [gemv_awq_build(capability, bf16) for bf16 in (True, False)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
         builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]

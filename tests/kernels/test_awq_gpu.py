@@ -13,7 +13,11 @@ from svdq_core.ops.cuda import register
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(1, 64), (1, 3072), (2, 192), (7, 3072), (8, 320), (9, 640), (16, 3072), (77, 320)]
+# (M, K): up to eight rows are the kernel's; its warps go through K once, or where it is longer, several times.
+SHAPES = [
+    *[(1, 64), (1, 3072), (2, 192), (7, 3072), (8, 320), (8, 4096), (5, 6208)],
+    *[(9, 640), (16, 3072), (77, 320)],
+]
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
 
@@ -50,10 +54,8 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [8, 12, 200, 9216])
-@pytest.mark.parametrize(
-    ("m", "k"), [(1, 64), (1, 3072), (2, 192), (7, 3072), (8, 320), (9, 640), (16, 3072), (77, 320)]
-)
+@pytest.mark.parametrize("n", [8, 12, 16, 24, 200, 9216])
+@pytest.mark.parametrize(("m", "k"), SHAPES)
 def test_layer(m: int, k: int, n: int, dtype: torch.dtype) -> None:
     o = operands(m, k, n, dtype)
     torch.full((m, n), float("nan"), dtype=dtype, device="cuda")  # what is not written must not read as zeros
@@ -81,6 +83,16 @@ def test_groups_of_equal_weights_and_large_inputs(dtype: torch.dtype) -> None:
     assert error(linear_awq_w4a16(**o), exact(o)) < TOLERANCE[dtype]
     o["x"].fill_(torch.finfo(dtype).max)
     assert not torch.isnan(linear_awq_w4a16(**o)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_far_from_zero(dtype: torch.dtype) -> None:
+    """What is added to codes, and taken off again with the sum of x, leaves no more than the output's rounding."""
+    o = operands(4, 3072, 1024, dtype) | {"bias": None}
+    o["x"] = (torch.randn(4, 3072, device="cuda") + 30).to(dtype)
+    expected = exact(o)
+    rounding = error(expected.to(dtype), expected)
+    assert error(linear_awq_w4a16(**o), expected) < 1.1 * rounding
 
 
 def test_graph() -> None:

@@ -81,7 +81,7 @@ def check(out: tuple, y: torch.Tensor, smooth: torch.Tensor, proj_down: torch.Te
     steps = value.abs() / wide.clamp(min=1e-30)
     half = torch.where(steps < 2, 0.25, torch.where(steps < 4, 0.5, 1.0))
     last_place = y.double().abs() * 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
-    slack = (last_place + 4 * TOLERANCE[dtype] * y.double().std()) / smooth.double()
+    slack = (last_place + 4 * TOLERANCE[dtype] * y.double().std()) / smooth.double().abs()
     # A group whose scale rounds to nothing is at most half the smallest scale times 6.
     room = torch.where(wide > 0, half * wide * (1 + 1e-4), 6 * 2.0**-10) + slack
     assert ((decoded - value).abs() <= room).all()
