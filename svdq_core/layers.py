@@ -8,7 +8,7 @@ import torch
 
 from .formats import comfy_quant
 from .formats.comfy_quant import LayerSpec
-from .numerics import awq, int4, int8, nf4, nvfp4
+from .numerics import awq, hadamard, int4, int8, nf4, nvfp4
 from .ops.awq import linear_awq_w4a16
 from .ops.cuda import release
 from .ops.int4 import linear_w4a4
@@ -133,6 +133,9 @@ class SVDQLinear(torch.nn.Module):
     extended copy of the low-rank branch (a branch of their own in a weight-only format), so taking an
     adapter off gives back the very same bytes.
 
+    A rotated layer is one of the rotated input (``numerics.hadamard``): that takes the place of x and needs no
+    smoothing any more, and both its weight and its ``proj_down`` are rotated as well.
+
     Args:
         spec: shapes and format.
         tensors: the layer's tensors by their name inside the layer.
@@ -154,6 +157,7 @@ class SVDQLinear(torch.nn.Module):
         self._adapters: dict[str, Adapter] = {}
         for name in ("adapted_down", "adapted_up", "delta"):
             self.register_buffer(name, None, persistent=False)
+        self.register_buffer("rotation", hadamard.matrix(spec.dtype) if spec.rotated else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) floating point -> (..., N) in the same type."""
@@ -162,13 +166,14 @@ class SVDQLinear(torch.nn.Module):
     def active_tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors the next call computes with, adapters included.
 
-        Those of the file by their names there, and ``delta``. ``proj_down`` and ``proj_up`` hold the adapters' rank
-        too, and are None in a weight-only layer without adapters; ``bias`` and ``delta`` are None if there is none.
+        Those of the file by their names there, ``rotation`` and ``delta``. ``proj_down`` and ``proj_up`` hold the
+        adapters' rank too, and are None in a weight-only layer without adapters; ``bias``, ``rotation`` and ``delta``
+        are None if there is none.
         """
         tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | dict(self.named_parameters(recurse=False))
         if self.adapted_down is not None:
             tensors |= {"proj_down": self.adapted_down, "proj_up": self.adapted_up}
-        return tensors | {"delta": self.delta}
+        return tensors | {"rotation": self.rotation, "delta": self.delta}
 
     def _apply(self, fn, recurse: bool = True):
         """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the tensors there is freed."""
@@ -194,15 +199,11 @@ class SVDQLinear(torch.nn.Module):
 
     def dequantized_weight(self) -> torch.Tensor:
         """(N, K) float32: the weight that this layer stands for, adapters left out."""
-        if not self.spec.layout.low_rank:
-            return self._residual()
-        return self._residual() + self.proj_up.float() @ self.proj_down.float().t()
+        return self._weight(dict(self.named_parameters(recurse=False)))
 
     def adapted_weight(self) -> torch.Tensor:
         """(N, K) float32: the weight that this layer stands for, adapters included."""
-        active, weight = self.active_tensors(), self._residual()
-        if active["proj_up"] is not None:
-            weight += active["proj_up"].float() @ active["proj_down"].float().t()
+        weight = self._weight(self.active_tensors())
         return weight if self.delta is None else weight + self.delta.float()
 
     def bias_shift(self) -> torch.Tensor | float:
@@ -211,9 +212,20 @@ class SVDQLinear(torch.nn.Module):
             return 0.0
         return -int4.GELU_SHIFT * self._residual().sum(dim=1)
 
+    def _weight(self, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+        """(N, K) float32: what the quantized weight and a low-rank branch stand for together."""
+        weight, branch = self._residual(), 0.0
+        if tensors.get("proj_up") is not None:
+            branch = tensors["proj_up"].float() @ tensors["proj_down"].float().t()
+            if self.spec.rotated:
+                branch = hadamard.rotate(branch, self.rotation.float()) / self.smooth_factor.float()
+        return weight + branch
+
     def _residual(self) -> torch.Tensor:
-        """(N, K) float32: the quantized part of the weight, smoothing undone."""
+        """(N, K) float32: the quantized part of the weight, smoothing and rotation undone."""
         weight = self._arithmetic.weight(dict(self.named_parameters(recurse=False)))
+        if self.spec.rotated:
+            weight = hadamard.rotate(weight, self.rotation.float())
         return weight / self.smooth_factor.float() if self.spec.layout.low_rank else weight
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
@@ -223,7 +235,11 @@ class SVDQLinear(torch.nn.Module):
             for name, tensor in tensors.items()
         }
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = self._arithmetic.linear(rows, cast, self.act_unsigned)
+        inputs = rows
+        if self.spec.rotated:
+            inputs = hadamard.smooth_and_rotate(rows, cast["smooth_factor"], cast["rotation"])
+            cast["smooth_factor"] = torch.ones_like(cast["smooth_factor"])
+        y = self._arithmetic.linear(inputs, cast, self.act_unsigned)
         if not self.spec.layout.low_rank and cast["proj_up"] is not None:
             y = y + rows @ cast["proj_down"] @ cast["proj_up"].t()
         if cast["delta"] is not None:
@@ -234,16 +250,23 @@ class SVDQLinear(torch.nn.Module):
         if not extra:
             return None
         base = [getattr(self, branch)] if self.spec.layout.low_rank else []
+        if self.spec.rotated and branch == "proj_down":
+            extra = [self._rotated_down(tensor.to(self.weight.device)) for tensor in extra]
         extra = [tensor.to(self.weight.device, self.spec.dtype) for tensor in extra]
         rank = sum(tensor.shape[1] for tensor in (*base, *extra))
         # Kernels multiply ranks in sixteens; padding once here saves a copy at every call.
         padding = extra[0].new_zeros((extra[0].shape[0], -rank % 16))
         return torch.cat([*base, *extra, padding], dim=1)
 
+    def _rotated_down(self, down: torch.Tensor) -> torch.Tensor:
+        """(K, r) float32: what multiplies the rotated input where ``down`` multiplies the input."""
+        smoothed = down.float() * self.smooth_factor.float()[:, None]
+        return hadamard.rotate(smoothed.t(), self.rotation.float()).t()
+
     def extra_repr(self) -> str:
         """Shape, format and rank, for ``print(model)``."""
         extra = 0 if self.adapted_down is None else self.adapted_down.shape[1] - self.rank
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, format={self.spec.format}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, format={self.spec.stored_format}, "
             f"rank={self.rank}" + (f"+{extra}" if extra else "") + (", act_unsigned=True" if self.act_unsigned else "")
         )

@@ -68,12 +68,12 @@ class Summary:
         else:
             lines.append(f"{(nbytes + self.other_bytes) / 1e6:.1f} MB")
         width = max(len(layer.name) for layer in self.layers)
-        lines += ["", f"{'layer':{width}}  {'N x K':>13}  {'format':14} rank      kB  error"]
+        lines += ["", f"{'layer':{width}}  {'N x K':>13}  {'format':21} rank      kB  error"]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             error = layer.errors.get("output_error", layer.errors.get("weight_error"))
             lines.append(
-                f"{layer.name:{width}}  {shape:>13}  {layer.format:14} {layer.rank:4d} "
+                f"{layer.name:{width}}  {shape:>13}  {layer.format:21} {layer.rank:4d} "
                 f"{layer.nbytes / 1e3:7.0f}  {'' if error is None else f'{error:.4f}'}".rstrip()
             )
         kept = kept_lines(self.about.get("kept", {}))
@@ -103,7 +103,7 @@ def summarize_file(path: str | PathLike) -> Summary:
     layers = tuple(
         LayerSummary(
             name=layer.name,
-            format=layer.format,
+            format=layer.stored_format,
             shape=(layer.out_features, layer.in_features),
             rank=layer.rank,
             nbytes=layer.nbytes,
@@ -141,7 +141,7 @@ def summarize_model(model: torch.nn.Module, title: str, about: Mapping[str, obje
         layers.append(
             LayerSummary(
                 name=name,
-                format=module.spec.format,
+                format=module.spec.stored_format,
                 shape=(module.out_features, module.in_features),
                 rank=_rank(module),
                 nbytes=nbytes,

@@ -23,6 +23,7 @@ SVDQUANT_W8A8 = "svdquant_w8a8"
 AWQ_W4A16 = "awq_w4a16"
 NF4_W4A16 = "nf4_w4a16"
 METADATA_KEY = "svdquant"
+_ROTATED_W4A4 = "svdquant_w4a4_rotated"  # in files, for a layer of svdquant_w4a4 that is rotated
 K_MULTIPLE = 64  # in every format: kernels read K in such blocks
 
 _CONFIG = ".comfy_quant"
@@ -80,6 +81,7 @@ class LayerSpec:
     dtype: torch.dtype  # of the smoothing, the low-rank branch, the bias, and the scales of some formats
     act_unsigned: bool = False
     channel_scale: bool = False  # svdquant_nvfp4: has the optional weight_channel_scale
+    rotated: bool = False  # svdquant_w4a4: everything multiplies the smoothed input rotated in groups
 
     @property
     def layout(self) -> Layout:
@@ -87,9 +89,14 @@ class LayerSpec:
         return LAYOUTS[self.format]
 
     @property
+    def stored_format(self) -> str:
+        """The format as a file names it. Who does not know of rotation must not take the layer for a plain one."""
+        return _ROTATED_W4A4 if self.rotated else self.format
+
+    @property
     def config(self) -> torch.Tensor:
         """The ``comfy_quant`` tensor."""
-        entries: dict[str, object] = {"format": self.format}
+        entries: dict[str, object] = {"format": self.stored_format}
         if self.layout.states_group_size:
             entries["group_size"] = self.layout.group_size
         if self.act_unsigned:
@@ -191,6 +198,7 @@ class QuantizedCheckpoint:
                 dtype=self._dtype(name, layout),
                 act_unsigned=bool(config.get("act_unsigned", False)),
                 channel_scale=config["format"] == SVDQUANT_NVFP4 and f"{name}.{_CHANNEL_SCALE}" in self.file,
+                rotated=config["rotated"],
             )
         except IndexError as error:
             shapes = ", ".join(f"{key} {spec.shape}" for key, spec in {"weight": weight, **low_rank}.items())
@@ -217,10 +225,14 @@ class QuantizedCheckpoint:
             raise CheckpointError(
                 f"{self.path}: layer {name} has a comfy_quant entry that cannot be read ({error!r})"
             ) from error
+        rotated = format_name == _ROTATED_W4A4
+        if rotated:
+            format_name = SVDQUANT_W4A4
         if str(format_name) not in LAYOUTS:
             raise CheckpointError(
                 f"{self.path}: layer {name} has the format {format_name!r}; this version reads "
-                f"{', '.join(LAYOUTS)}. Update ComfyUI-SVDQuant, or load the file with the tool that made it."
+                f"{', '.join((*LAYOUTS, _ROTATED_W4A4))}. Update ComfyUI-SVDQuant, or load the file with the tool "
+                "that made it."
             )
         group = LAYOUTS[format_name].group_size
         if config.get("group_size", group) != group:
@@ -228,7 +240,7 @@ class QuantizedCheckpoint:
                 f"{self.path}: layer {name} has groups of {config['group_size']!r}; this version reads "
                 f"{format_name} in groups of {group}"
             )
-        return config
+        return config | {"format": format_name, "rotated": rotated}
 
     def _spec(self, layer: str, tensor: str) -> TensorSpec:
         try:

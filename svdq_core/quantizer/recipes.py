@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from ..errors import LayerError
-from ..formats.comfy_quant import K_MULTIPLE, LayerSpec
+from ..formats.comfy_quant import K_MULTIPLE, SVDQUANT_W4A4, LayerSpec
 from ..layers import SVDQLinear
+from ..numerics import hadamard
 from . import rounding, smoothing
 from .codecs import Codec, codec_of
 from .lowrank import truncated_svd
@@ -36,6 +37,7 @@ class Recipe:
         rounds: how often the rest is rounded at most, the branch fitted to the error in between; the best is kept,
             and the first that is no better ends it.
         refit: whether a round ends with the branch fitted to the error of its codes, where that is better.
+        rotate: whether a signed INT4 layer may be rotated, where that is better (needs calibration).
     """
 
     smooth: Literal["none", "grid", "descent"] = "none"
@@ -44,6 +46,7 @@ class Recipe:
     moments: bool = False
     rounds: int = 1
     refit: bool = False
+    rotate: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -54,7 +57,7 @@ class Recipe:
 RECIPES = {
     "fast": Recipe(clip=True, refit=True),
     "balanced": Recipe(smooth="descent", clip=True, moments=True, refit=True),
-    "best": Recipe(smooth="descent", clip=True, moments=True, rounds=8, refit=True),
+    "best": Recipe(smooth="descent", clip=True, moments=True, rounds=8, refit=True, rotate=True),
 }
 
 
@@ -63,6 +66,7 @@ class QuantizedLayer:
     """A layer ready to be written.
 
     Attributes:
+        spec: what became of the one asked for: it may be rotated.
         tensors: by their name inside the layer.
         weight_error: relative Frobenius error of the weight it stands for.
         output_error: relative error of its output on the calibration sample; None without one.
@@ -99,6 +103,7 @@ def quantize_layer(
     _check(spec, weight, bias, statistics)
     if spec.layout.low_rank:
         found = _Layer(spec, weight.float(), statistics, recipe, seed).quantized()
+        spec = dataclasses.replace(spec, rotated=found.rotated)
         tensors = found.tensors(spec, bias)
     else:
         tensors = _weight_only(spec, weight.float(), bias, statistics)
@@ -142,6 +147,7 @@ class _Attempt:
     proj_up: torch.Tensor  # (N, r)
     codes: torch.Tensor  # (N, K) int8
     scales: dict[str, torch.Tensor]  # the format's
+    rotated: bool
 
     def rounded(self, codec: Codec) -> torch.Tensor:
         """(N, K) float32: the quantized part of the smoothed weight."""
@@ -179,7 +185,7 @@ class _Layer:
 
     def quantized(self) -> _Attempt:
         """Follow the recipe: smooth, then round and fit the branch in turns."""
-        starts = (_Smoothed(self, factor) for factor in self._smoothing_factors())
+        starts = (_Smoothed(self, factor, rotated) for factor, rotated in self._smoothing_factors())
         smoothed, best = min(((each, each.first()) for each in starts), key=lambda start: start[1].error)
         current = best
         for _ in range(1, self.recipe.rounds):
@@ -193,10 +199,11 @@ class _Layer:
         """Up (N, r) and down (K, r) of the branch nearest to an (N, K) matrix."""
         return truncated_svd(matrix, self.spec.rank, torch.Generator().manual_seed(self._seed), metric)
 
-    def _smoothing_factors(self) -> Iterator[torch.Tensor]:
+    def _smoothing_factors(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """(K,) each, and whether the input is to be rotated."""
         dtype = self.spec.dtype
         if self.recipe.smooth == "none":
-            yield torch.ones(self.spec.in_features, dtype=dtype, device=self.weight.device)
+            yield torch.ones(self.spec.in_features, dtype=dtype, device=self.weight.device), False
             return
         low = self._statistics.minimum.to(self.weight.device)
         high = self._statistics.maximum.to(self.weight.device)
@@ -208,23 +215,32 @@ class _Layer:
             up, down = self.fit(self.weight * start.float(), None)
             rest = self.weight - up @ (down / start.float()[:, None]).t()
             factors = (smoothing.descend(start, self.inputs + self.codec.shift, rest, self.codec),)
+            if self.recipe.rotate and self.spec.format == SVDQUANT_W4A4 and not self.spec.act_unsigned:
+                signs = torch.Generator().manual_seed(self._seed)
+                yield smoothing.levelled(self.inputs, rest, signs).to(dtype), True
         for factor in factors:
-            yield self.codec.smooth_factor(factor, act_range)
+            yield self.codec.smooth_factor(factor, act_range), False
 
 
 class _Smoothed:
-    """The layer under one smoothing factor."""
+    """The layer under one smoothing factor, and rotated or not."""
 
-    def __init__(self, layer: _Layer, factor: torch.Tensor):
-        self._layer, self._factor = layer, factor
+    def __init__(self, layer: _Layer, factor: torch.Tensor, rotated: bool):
+        self._layer, self._factor, self._rotated = layer, factor, rotated
         self._recipe, self._codec = layer.recipe, layer.codec
-        scale = factor.float()
+        scale, rotation = factor.float(), hadamard.matrix().to(layer.weight.device)
+        # Of the input as the branch sees it: the layer's, or the rotated one.
+        self._unsmoothed = torch.ones_like(scale) if rotated else scale
         self._weight = layer.weight * scale
+        if rotated:
+            self._weight = hadamard.rotate(self._weight, rotation)
         if layer.inputs is not None:
-            # What the codes of the shifted input stand for; the bias takes the shift back.
             self._inputs = layer.inputs / scale
-            self._quantized = self._codec.activations((layer.inputs + self._codec.shift) / scale)
-            self._quantized -= self._codec.shift / scale
+            if rotated:
+                self._inputs = hadamard.rotate(self._inputs, rotation)
+            # What the codes of the shifted input stand for; the bias takes the shift back.
+            shift = self._codec.shift / scale
+            self._quantized = self._codec.activations(self._inputs + shift) - shift
         self._metric = self._first_metric = None
         if layer.recipe.moments:
             moments = InputMoments(self._inputs, self._quantized)
@@ -244,14 +260,14 @@ class _Smoothed:
         return self._round(*self._fit(self._weight - current.rounded(self._codec), self._metric))
 
     def _fit(self, matrix: torch.Tensor, metric: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branch as stored: down (K, r), which sees the unsmoothed input, and up (N, r)."""
+        """The branch as stored: down (K, r), which sees the unsmoothed (or the rotated) input, and up (N, r)."""
         up, down = self._layer.fit(matrix, metric)
         dtype = self._layer.spec.dtype
-        return (down / self._factor.float()[:, None]).to(dtype), up.to(dtype)
+        return (down / self._unsmoothed[:, None]).to(dtype), up.to(dtype)
 
     def _rest(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
         """(N, K) what a branch leaves of the smoothed weight; its own rounding to 16 bits is made up for."""
-        return self._weight - proj_up.float() @ (proj_down.float() * self._factor.float()[:, None]).t()
+        return self._weight - proj_up.float() @ (proj_down.float() * self._unsmoothed[:, None]).t()
 
     def _round(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> _Attempt:
         """Round what the branch leaves; then, if so asked, fit the branch to what the codes leave."""
@@ -270,7 +286,8 @@ class _Smoothed:
         else:
             codes = rounding.round_to_nearest(target, codec, step)
         rounded = rounding.dequantize(codes, codec, step)
-        best = _Attempt(self._error(rest, rounded), self._factor, proj_down, proj_up, codes, scales)
+        error = self._error(rest, rounded)
+        best = _Attempt(error, self._factor, proj_down, proj_up, codes, scales, self._rotated)
         if not self._recipe.refit:
             return best
         # Nothing makes up for the 16-bit rounding of a branch that comes last: with 8-bit codes it can lose.

@@ -1,5 +1,6 @@
 """The file convention: what is accepted, and what each broken file is told."""
 
+import dataclasses
 import json
 
 import pytest
@@ -127,6 +128,16 @@ def test_a_broken_layer_is_named_with_its_file(quantized, tmp_path, change, why)
     with pytest.raises(CheckpointError, match=why) as caught:
         QuantizedCheckpoint(path)
     assert LAYER in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_rotated_layer_has_a_format_of_its_own(quantized, tmp_path):
+    """Who does not know of rotation must not read it as a plain one."""
+    rotated = dataclasses.replace(QuantizedCheckpoint(quantized).layers[LAYER], rotated=True)
+    assert json.loads(bytes(rotated.config.tolist())) == {"format": "svdquant_w4a4_rotated"}
+    path = changed(quantized, tmp_path, lambda t: t.update({f"{LAYER}.comfy_quant": rotated.config}))
+    checkpoint = QuantizedCheckpoint(path)
+    assert checkpoint.layers[LAYER] == rotated
+    assert sum(layer.rotated for layer in checkpoint.layers.values()) == 1
 
 
 def test_a_16_bit_file_is_told_where_to_go(tmp_path):

@@ -1,5 +1,6 @@
 """docs/formats.md: its tables are the code's, its formulas what layers compute, its snippet reads a real file."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_the_snippet_reads_what_the_layer_computes_with(quantized, name):
     torch.testing.assert_close(names["weight_of"](quantized, name), layer.dequantized_weight())
 
 
+HADAMARD = torch.tensor([[(-1) ** (i & j).bit_count() for j in range(64)] for i in range(64)], dtype=torch.float64) / 8
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 
 
@@ -119,12 +121,14 @@ def residual(name, t):
     return torch.tensor(CODEBOOK, dtype=torch.float64)[codes.int()] * by_group(scale, 64)
 
 
-def output(name, t, x, act_unsigned):
+def output(name, t, x, act_unsigned, rotated=False):
     """y of the page, float64."""
     weight, bias = residual(name, t), t["bias"].double()
     if "smooth_factor" not in t:
         return x @ weight.t() + bias
     s = t["smooth_factor"].double()
+    if rotated:
+        x, s = ((x / s).unflatten(-1, (-1, 64)) @ HADAMARD).flatten(-2), 1.0
     if act_unsigned:
         act = rounded(((x + 0.171875) / s).clamp(min=0), 64, torch.arange(16).double())
     elif name == "svdquant_w8a8":
@@ -134,8 +138,10 @@ def output(name, t, x, act_unsigned):
     return act @ weight.t() + x @ t["proj_down"].double() @ t["proj_up"].double().t() + bias
 
 
-@pytest.mark.parametrize("precision", ["int4", "nvfp4", "int8", "nf4"])
-def test_each_formula_is_what_a_layer_computes(tmp_path, precision):
+@pytest.mark.parametrize(
+    ("precision", "rotated"), [("int4", False), ("int4", True), ("nvfp4", False), ("int8", False), ("nf4", False)]
+)
+def test_each_formula_is_what_a_layer_computes(tmp_path, precision, rotated):
     save_file(small_flux.state_dict(), tmp_path / "full.safetensors")
     settings = Settings(precision, "fast")
     quantize_checkpoint(FileSource(tmp_path / "full.safetensors"), tmp_path / "quantized.safetensors", settings)
@@ -145,9 +151,11 @@ def test_each_formula_is_what_a_layer_computes(tmp_path, precision):
         if "smooth_factor" in tensors:  # the recipe left it at one
             random = torch.rand(spec.in_features, generator=torch.Generator().manual_seed(2))
             tensors["smooth_factor"] = (random + 0.5).to(spec.dtype)
+        if rotated and spec.format == "svdquant_w4a4" and not spec.act_unsigned:
+            spec = dataclasses.replace(spec, rotated=True)
         x = small_flux.inputs(name, rows=32)
         computed = SVDQLinear(spec, tensors)(x).double()
-        written = output(spec.format, tensors, x.double(), spec.act_unsigned)
+        written = output(spec.format, tensors, x.double(), spec.act_unsigned, spec.rotated)
         assert torch.linalg.norm(computed - written) < 2e-3 * torch.linalg.norm(written), name
 
 

@@ -1,10 +1,13 @@
 """SVDQLinear: adapters are exact, combine, and come off without a trace."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.layers import Adapter, SVDQLinear
+from svdq_core.numerics import int4
 from svdq_core.quantizer.recipes import RECIPES, quantize_layer
 
 
@@ -63,6 +66,61 @@ def test_an_adapter_s_rank_is_padded_for_the_kernels(rank):
     assert layer.active_tensors()["proj_up"].shape[1] % 16 == 0
     wanted = x @ added(adapter).t()
     assert torch.linalg.norm(layer(x) - before - wanted) < 5e-3 * torch.linalg.norm(wanted)
+
+
+def make_rotated_layer(n=96, k=192):
+    """By hand: the tensors of a plain layer, said to be of the rotated input; some smoothing factors are negative."""
+    plain = make_layer(n, k)
+    tensors = dict(plain.state_dict())
+    random = torch.Generator().manual_seed(1)
+    signs = 1 - 2 * torch.randint(0, 2, (k,), generator=random)
+    tensors["smooth_factor"] = (signs * (0.5 + torch.rand(k, generator=random))).to(torch.bfloat16)
+    return SVDQLinear(dataclasses.replace(plain.spec, rotated=True), tensors)
+
+
+def rotated_input(layer, x):
+    """(M, K) float64: what the layer's tensors multiply."""
+    groups = (x.double() / layer.smooth_factor.double()).unflatten(-1, (-1, 64))
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(6):
+        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
+    return (groups @ hadamard / 8).flatten(-2)
+
+
+def test_a_rotated_layer_multiplies_the_rotated_input():
+    layer, x = make_rotated_layer(), torch.randn(7, 192)
+    inside = rotated_input(layer, x)
+    codes, scale = int4.quantize_groups(inside.float())
+    weight = int4.dequantize(int4.unpack(layer.weight), layer.weight_scale.t()).double()
+    expected = int4.dequantize(codes, scale).double() @ weight.t() + layer.bias.double()
+    expected += inside @ layer.proj_down.double() @ layer.proj_up.double().t()
+    assert torch.linalg.norm(layer(x).double() - expected) < 5e-3 * torch.linalg.norm(expected)
+    # And stands for a weight of the input itself.
+    exact = inside @ (weight + layer.proj_up.double() @ layer.proj_down.double().t()).t()
+    torch.testing.assert_close(x.double() @ layer.dequantized_weight().double().t(), exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_an_adapter_of_a_rotated_layer_adds_its_product_of_the_input(delta):
+    layer, adapter, x = make_rotated_layer(), make_adapter(k=192, delta=delta), torch.randn(7, 192)
+    before, weight = layer(x), layer.adapted_weight()
+    layer.set_adapter("a", adapter)
+    change, wanted = layer(x) - before, x @ added(adapter).t()
+    assert torch.linalg.norm(change - wanted) < 8e-3 * torch.linalg.norm(wanted)  # bf16 factors
+    moved = layer.adapted_weight() - weight
+    assert torch.linalg.norm(moved - added(adapter)) < 8e-3 * torch.linalg.norm(added(adapter))
+    layer.set_adapter("a", None)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rotated_layer_on_a_device_is_the_one_on_the_cpu(dtype):
+    layer, x = make_rotated_layer(256, 320), torch.randn(77, 320, dtype=dtype)
+    layer.set_adapter("a", make_adapter(256, 320))
+    expected = layer(x.float())
+    found = layer.cuda()(x.cuda()).cpu().float()
+    assert torch.linalg.norm(found - expected) < 3e-2 * torch.linalg.norm(expected), "codes may differ by one at ties"
 
 
 def test_replacing_an_adapter_does_not_add_up():

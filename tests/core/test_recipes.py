@@ -78,6 +78,35 @@ def test_recipes_beat_the_paper_s(unsigned):
     assert balanced > 1.0 and best > balanced
 
 
+def test_rotation_pays_where_inputs_are_signed():
+    best, plain = RECIPES["best"], dataclasses.replace(RECIPES["best"], rotate=False)
+    assert Layer(1).quantize(best).spec.rotated
+    assert gain_db(best, plain) > 0.3
+
+
+def test_nothing_else_is_rotated():
+    assert not Layer(1, unsigned=True).quantize(RECIPES["best"]).spec.rotated
+    assert not Layer(1).quantize(RECIPES["balanced"]).spec.rotated
+    for form in FORMATS[1:]:
+        assert not Layer(1, form).quantize(RECIPES["best"]).spec.rotated
+
+
+def test_levelled_groups_have_the_least_expected_noise():
+    """No other factor brings the product of the two powers of a group further down, whatever its signs."""
+    layer = Layer(2)
+    factor = smoothing.levelled(layer.inputs, layer.weight, torch.Generator().manual_seed(0))
+    power, gain = layer.inputs.square().mean(dim=0), layer.weight.square().mean(dim=0)
+
+    def noise(factor):
+        inputs, weights = (each.unflatten(0, (-1, 64)).sum(dim=1) for each in (power / factor**2, gain * factor**2))
+        return (inputs * weights).sum()
+
+    least = noise(factor)
+    assert 0.3 < (factor < 0).float().mean() < 0.7
+    for _ in range(20):
+        assert noise(factor * torch.randn(K).mul(0.1).exp()) > least
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_step_pays_in_every_format(form):
     balanced = RECIPES["balanced"]

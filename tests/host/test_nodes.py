@@ -121,7 +121,7 @@ def test_quantize_load_and_sample_in_one_graph(server, models):
     assert f"{LAYERS} layers quantized" in report and "smaller" in report
     steps = [step for step in result.progress if step.node == str(quantizer)]
     values = [step.value for step in steps]
-    assert values == sorted(values) and len(values) > LAYERS
+    assert values == sorted(values) and len(values) > 5  # newer hosts send one every 100 ms, older ones one a layer
     assert values[-1] == steps[-1].max
 
     loading = Graph()
