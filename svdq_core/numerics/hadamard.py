@@ -29,13 +29,16 @@ def rotate(values: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 def smooth_and_rotate(x: torch.Tensor, smooth_factor: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """What takes a rotated layer's input's place: ``x / smooth_factor``, rotated.
 
-    Nothing finite makes NaN or infinity: what the division takes so far that a sum of 64 could leave the type's
-    range is cut off.
+    In float16, what the division takes so far that a sum of 64 could leave the type's range is cut off: nothing finite
+    makes NaN. The other types have range enough not to spend a pass over x on it.
 
     Args:
         x: (M, K) float32, bfloat16 or float16.
         smooth_factor: (K,) of the same type, not zero.
         rotation: as for :func:`rotate`.
     """
-    most = torch.finfo(x.dtype).max / GROUP_SIZE**0.5
-    return rotate((x / smooth_factor).clamp_(-most, most), rotation)
+    smoothed = x / smooth_factor
+    if x.dtype == torch.float16:
+        most = torch.finfo(x.dtype).max / GROUP_SIZE**0.5
+        smoothed.clamp_(-most, most)
+    return rotate(smoothed, rotation)

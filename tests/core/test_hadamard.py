@@ -32,10 +32,9 @@ def test_an_outlier_is_spread_over_its_group():
     assert torch.equal(hadamard.rotate(x, hadamard.matrix())[0, 64:].abs(), torch.ones(64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nothing_finite_leaves_the_type_s_range(dtype):
-    x = torch.full((3, 128), torch.finfo(dtype).max, dtype=dtype)
+def test_nothing_finite_leaves_float16_s_range():
+    x = torch.full((3, 128), 65504.0, dtype=torch.float16)
     x[1, ::2] *= -1
     x[2] = 0
-    factor = torch.full((128,), -0.01, dtype=dtype)
-    assert torch.isfinite(hadamard.smooth_and_rotate(x, factor, hadamard.matrix(dtype))).all()
+    factor = torch.full((128,), -0.01, dtype=torch.float16)
+    assert torch.isfinite(hadamard.smooth_and_rotate(x, factor, hadamard.matrix(torch.float16))).all()
