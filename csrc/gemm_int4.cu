@@ -25,13 +25,14 @@
 //    scales, bias and outputs are contiguous and move 16 bytes at a time. The reordering costs
 //    nothing: it is made by the addresses of the copies into shared memory.
 //
-// 3. Shared memory holds STAGES stages of GROUPS groups, filled by cp.async. A row of a stage is
-//    2 * GROUPS chunks of 16 bytes; chunk c of row r lies at c ^ (r / (8 / chunks) % chunks), which
-//    puts the eight rows of an ldmatrix into eight different 16-byte columns of a 128-byte line:
+// 3. Shared memory is a ring of groups, each with its codes and its scales in one piece: a single
+//    address moves through it, and all others are a constant away from that. cp.async fills it
+//    GROUPS groups at a time, a stage, STAGES - 1 of them ahead. The two 16-byte chunks of a row
+//    change places in every other four rows, which puts the eight rows of an ldmatrix into eight
+//    different 16-byte columns of a 128-byte line:
 //
-//        GROUPS = 2      line 0:  r0c0 r0c1 r0c2 r0c3 | r1c0 r1c1 r1c2 r1c3
-//                        line 1:  r2c1 r2c0 r2c3 r2c2 | r3c1 r3c0 r3c3 r3c2
-//                        line 2:  r4c2 r4c3 r4c0 r4c1 | r5c2 ...
+//        line 0:  r0c0 r0c1 r1c0 r1c1 r2c0 r2c1 r3c0 r3c1
+//        line 1:  r4c1 r4c0 r5c1 r5c0 r6c1 r6c0 r7c1 r7c0
 #include "codes.cuh"
 #include "device.cuh"
 
@@ -72,20 +73,21 @@ constexpr int kRows = WM / 8, kColumns = WN / 4;  // rows and columns of a threa
 constexpr u32 kMagic = 0x4B400000u;
 constexpr float kMagicFloat = 12582912.f;
 
-constexpr int kChunks = 2 * kGroups;  // 16-byte chunks in a row of a stage
-constexpr int kRowBytes = 16 * kChunks;
+// A group in shared memory: a's codes, b's codes, a's scales, b's scales.
+constexpr int kRowBytes = kGroup / 2;
 constexpr int kBytesA = BM * kRowBytes, kBytesB = BN * kRowBytes;
-constexpr int kBytesSx = kGroups * BM * 4, kBytesSw = kGroups * BN * 2;
-constexpr int kStageBytes = kBytesA + kBytesB + kBytesSx + kBytesSw;
-constexpr int kCopiesA = BM * kChunks / kThreads, kCopiesB = BN * kChunks / kThreads;
-constexpr int kCopyRows = kThreads / kChunks;
-constexpr int kScaleCopy = kEven ? 4 : 1;  // activation scales a copy
-constexpr int kCopiesSx = (kGroups * BM / kScaleCopy + kThreads - 1) / kThreads;
-static_assert(kThreads * kScaleCopy % BM == 0,
-              "copies of activation scales are whole groups apart");
+constexpr int kBytesSx = BM * 4, kBytesSw = BN * 2;
+constexpr int kGroupBytes = kBytesA + kBytesB + kBytesSx + kBytesSw;
+constexpr int kStageBytes = kGroups * kGroupBytes, kRingBytes = kStages * kStageBytes;
+static_assert(kGroupBytes % 128 == 0, "a group starts where a line does");
+
+// 16-byte slots of a group that are filled at once: both chunks of kCopyRows rows.
+constexpr int kSlots = kThreads / kGroups, kCopyRows = kSlots / 2;
+constexpr int kCopiesA = BM / kCopyRows, kCopiesB = BN / kCopyRows;
+constexpr int kSlotsSx = kBytesSx / 16, kSlotsSw = kBytesSw / 16;
 static_assert(kCopyRows % 8 == 0, "a thread's copies share their swizzle");
-static_assert(BM * kChunks % kThreads == 0 && BN * kChunks % kThreads == 0, "uneven copies");
-static_assert(kGroups * BN / 8 <= kThreads, "one copy a thread for the weight scales");
+static_assert(BM % kCopyRows == 0 && BN % kCopyRows == 0, "uneven copies");
+static_assert(kSlotsSx + kSlotsSw <= kSlots, "one slot a thread for the scales");
 static_assert(kEpilogue != kGeluQuantize || WN == kGroup, "a warp quantizes whole groups");
 static_assert(kEpilogue != kNormRope || BN == 128, "a block normalizes whole heads");
 static_assert(NT % 2 == 0, "weight fragments are loaded in pairs");
@@ -116,7 +118,7 @@ struct Arguments {
 };
 
 SVDQ_DEVICE constexpr int swizzle(int row) {
-    return row / (8 / kChunks) % kChunks;
+    return row / 4 % 2;
 }
 
 // The row of the block's tile that stands in row `s` of shared memory, and for columns likewise.
@@ -127,6 +129,12 @@ SVDQ_DEVICE constexpr int tile_row(int s) {
 SVDQ_DEVICE constexpr int tile_column(int s) {
     int in_warp = s % WN;
     return s - in_warp + in_warp % 8 / 2 * kColumns + in_warp / 8 * 2 + in_warp % 2;
+}
+
+// The compiler takes `value` as new: nothing that it worked out from it before is kept in a
+// register.
+SVDQ_DEVICE void renew(int& value) {
+    asm volatile("" : "+r"(value));
 }
 
 // Consecutive blocks take tiles from a band eight tiles high, so that those in flight together
@@ -422,64 +430,69 @@ extern "C" __global__ void __launch_bounds__(kThreads, SVDQ_MIN_BLOCKS)
     int m0, n0;
     block_tile(p, m0, n0);
     // Kept for the epilogue, behind the stages.
-    const u32 tile = stage0 + kStages * kStageBytes;
-    if (tid == 0) *(int2*)(shared + kStages * kStageBytes) = make_int2(m0, n0);
+    const u32 tile = stage0 + kRingBytes;
+    if (tid == 0) *(int2*)(shared + kRingBytes) = make_int2(m0, n0);
     const int groups = p.k / kGroup;
     const int iterations = (groups + kGroups - 1) / kGroups;
 
     // ---- copies into shared memory. A thread copies its chunk of rows kCopyRows apart (in shared
-    // memory's order), which are a fixed number of tile rows apart.
-    const int copy_chunk = tid % kChunks, copy_row = tid / kChunks;
-    const u32 target = copy_row * kRowBytes + ((copy_chunk ^ swizzle(copy_row)) << 4);
+    // memory's order), which are a fixed number of tile rows apart. Eight threads fill a line.
+    const int copy_group = tid / 8 % kGroups, copy_chunk = tid % 2;
+    const int copy_row = tid / (8 * kGroups) * 4 + tid / 2 % 4;
+    const int slot = copy_row * 2 + (copy_chunk ^ swizzle(copy_row));
+    const u32 target = copy_group * kGroupBytes + slot * 16;
     const int row_a = m0 + tile_row(copy_row), row_b = n0 + tile_column(copy_row);
-    const u32 row_bytes = p.k / 2;
-    const u8* from_a = p.qact + (u64)row_bytes * row_a + copy_chunk * 16;
-    const u8* from_b = p.weight + (u64)row_bytes * row_b + copy_chunk * 16;
+    int rows_left = p.m - row_a, columns_left = p.n - row_b;
+    const u32 row_bytes = (u32)p.k / 2, first_byte = copy_group * kRowBytes + copy_chunk * 16;
+    const u8* from_a = p.qact + (u64)row_bytes * row_a + first_byte;
+    const u8* from_b = p.weight + (u64)row_bytes * row_b + first_byte;
 
-    const int group_sx = tid * kScaleCopy / BM, row_sx = m0 + tid * kScaleCopy % BM;
-    const int group_sw = tid * 8 / BN, column_sw = n0 + tid * 8 % BN;
-    const float* from_sx = p.act_scale + (u64)group_sx * p.m + row_sx;
-    const u16* from_sw = p.weight_scale + (u64)group_sw * p.n + column_sw;
+    // The same slot of the scales: four of the activation, eight of the weight, or none.
+    const bool is_sx = slot < kSlotsSx;
+    const int scale0 = is_sx ? m0 + slot * 4 : n0 + (slot - kSlotsSx) * 8;
+    int scales_left = (is_sx ? p.m : slot < kSlotsSx + kSlotsSw ? p.n : 0) - scale0;
+    const u32 scale_row_bytes = is_sx ? (u32)p.m * 4 : (u32)p.n * 2;
+    const u8* from_scale =
+        (is_sx ? (const u8*)(p.act_scale + scale0) : (const u8*)(p.weight_scale + scale0)) +
+        (u64)scale_row_bytes * copy_group;
 
-    // Copies the next `count` groups; the scales of the stage's other groups become 0.
-    auto load_stage = [&](u32 stage, int count) {
-        const bool held = count == kGroups || copy_chunk / 2 < count;
+    // Copies the next `count` groups to this thread's slots from `to` on; the scales of the stage's
+    // other groups become 0.
+    auto load_stage = [&](u32 to, int count) {
+        const bool held = count == kGroups || copy_group < count;
+        if constexpr (!kEven) {  // compared anew in every stage: the results are too many to keep
+            renew(rows_left);
+            renew(columns_left);
+        }
 #pragma unroll
         for (int i = 0; i < kCopiesA; ++i)
-            if (held && row_a < p.m - tile_row(i * kCopyRows))
-                copy_or_zero<16>(stage + target + i * kCopyRows * kRowBytes,
+            if (held && rows_left > tile_row(i * kCopyRows))
+                copy_or_zero<16>(to + i * kCopyRows * kRowBytes,
                                  from_a + (u64)row_bytes * tile_row(i * kCopyRows), true);
 #pragma unroll
         for (int i = 0; i < kCopiesB; ++i)
-            if (held && (kEven || row_b < p.n - tile_column(i * kCopyRows)))
-                copy_or_zero<16>(stage + kBytesA + target + i * kCopyRows * kRowBytes,
+            if (held && (kEven || columns_left > tile_column(i * kCopyRows)))
+                copy_or_zero<16>(to + kBytesA + i * kCopyRows * kRowBytes,
                                  from_b + (u64)row_bytes * tile_column(i * kCopyRows), true);
-        const u32 scales = stage + kBytesA + kBytesB;
+        to += kBytesA + kBytesB;
+        if ((kEven || !is_sx) && scales_left > 0) copy_or_zero<16>(to, from_scale, held);
+        if constexpr (!kEven) {  // a row of the activation's scales may start anywhere
 #pragma unroll
-        for (int i = 0; i < kCopiesSx; ++i)
-            if ((kThreads * (i + 1) <= kGroups * BM / kScaleCopy ||
-                 tid + i * kThreads < kGroups * BM / kScaleCopy) &&
-                row_sx < p.m)
-                copy_or_zero<4 * kScaleCopy>(
-                    scales + (tid + i * kThreads) * 4 * kScaleCopy,
-                    from_sx + (u64)p.m * (i * kThreads * kScaleCopy / BM),
-                    count == kGroups || group_sx + i * kThreads * kScaleCopy / BM < count);
-        if (group_sw < kGroups && (kEven || column_sw < p.n))
-            copy_or_zero<16>(scales + kBytesSx + tid * 16, from_sw,
-                             count == kGroups || group_sw < count);
-        from_a += count * (kGroup / 2);
-        from_b += count * (kGroup / 2);
-        from_sx += (u64)p.m * count;
-        from_sw += (u64)p.n * count;
+            for (int i = 0; i < 4; ++i)
+                if (is_sx && scales_left > i) copy_or_zero<4>(to + i * 4, from_scale + i * 4, held);
+        }
+        from_a += count * kRowBytes;
+        from_b += count * kRowBytes;
+        from_scale += (u64)scale_row_bytes * (u32)count;
     };
 
     // If the groups don't fill the stages, the first stage is the short one: the loop stays
     // regular.
-    load_stage(stage0, groups - (iterations - 1) * kGroups);
+    load_stage(stage0 + target, groups - (iterations - 1) * kGroups);
     copy_commit();
 #pragma unroll
     for (int s = 1; s < kStages - 1; ++s) {
-        if (s < iterations) load_stage(stage0 + s * kStageBytes, kGroups);
+        if (s < iterations) load_stage(stage0 + target + s * kStageBytes, kGroups);
         copy_commit();
     }
 
@@ -497,15 +510,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, SVDQ_MIN_BLOCKS)
     const u32 scales_x = kBytesA + kBytesB + (warp_m * WM + g * kRows) * 4;
     const u32 scales_w = kBytesA + kBytesB + kBytesSx + (warp_n * WN + q * kColumns) * 2;
 
-    // Stage `read` is used while the one before it in the ring, used last time, is filled again.
-    u32 read = stage0;
+    // This thread's activation scales of the next group, and the way from there to all else.
+    u32 read = stage0 + kRingBytes + scales_x;
+    const u32 to_a = fragment_a - scales_x, to_b = fragment_b - scales_x;
+    const u32 to_w = scales_w - scales_x, to_target = target - scales_x;
+
+    renew(scales_left);  // so that what is found of it need not outlast the low-rank branch
 #pragma unroll 1
-    for (int left = iterations; left > 0; --left) {
+    for (int left = iterations; left; --left) {
         copy_wait<kStages - 2>();
         __syncthreads();
-        if (left >= kStages)
-            load_stage((read == stage0 ? read + kStages * kStageBytes : read) - kStageBytes,
-                       kGroups);
+        // The stage before, used last time, is filled again.
+        if (left >= kStages) load_stage(read + to_target - kStageBytes, kGroups);
+        if (read >= stage0 + kRingBytes) read -= kRingBytes;
         copy_commit();
 
         // Not unrolled: the compiler would rename the accumulators from group to group, and then
@@ -516,32 +533,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, SVDQ_MIN_BLOCKS)
             if constexpr (kRows >= 4) {
 #pragma unroll
                 for (int i = 0; i < kRows; i += 4) {
-                    uint4 v = load_shared16(read + scales_x + (group * BM + i) * 4);
+                    uint4 v = load_shared16(read + i * 4);
                     sx[i] = as_float(v.x), sx[i + 1] = as_float(v.y);
                     sx[i + 2] = as_float(v.z), sx[i + 3] = as_float(v.w);
                 }
             } else {
 #pragma unroll
                 for (int i = 0; i < kRows; ++i)
-                    sx[i] = as_float(load_shared4(read + scales_x + (group * BM + i) * 4));
-            }
-            u32 sw[kColumns / 2];
-#pragma unroll
-            for (int j = 0; j < kColumns / 2; j += 4) {
-                uint4 v = load_shared16(read + scales_w + (group * BN + 2 * j) * 2);
-                sw[j] = v.x, sw[j + 1] = v.y, sw[j + 2] = v.z, sw[j + 3] = v.w;
+                    sx[i] = as_float(load_shared4(read + i * 4));
             }
             u32 a[MT][4];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt)
-                load_matrices(a[mt], (read + fragment_a ^ group << 5) + mt * 16 * kRowBytes);
-            // Loads above stay above: with all scales at hand, products are used up as they come,
-            // and the compiler does not run out of registers.
+                load_matrices(a[mt], read + to_a + mt * 16 * kRowBytes);
+            // The loads above stay above, those below come later: with these at hand, products are
+            // used up as they come, and the compiler does not run out of registers.
             __syncwarp();
+            u32 sw[kColumns / 2];
+#pragma unroll
+            for (int j = 0; j < kColumns / 2; j += 4) {
+                uint4 v = load_shared16(read + to_w + j * 4);
+                sw[j] = v.x, sw[j + 1] = v.y, sw[j + 2] = v.z, sw[j + 3] = v.w;
+            }
 #pragma unroll
             for (int pair = 0; pair < NT / 2; ++pair) {
                 u32 b[4];
-                load_matrices(b, (read + fragment_b ^ group << 5) + pair * 16 * kRowBytes);
+                load_matrices(b, read + to_b + pair * 16 * kRowBytes);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int nt = 2 * pair + half;
@@ -559,9 +576,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, SVDQ_MIN_BLOCKS)
                     }
                 }
             }
+            read += kGroupBytes;
         }
-        read += kStageBytes;
-        if (read == stage0 + kStages * kStageBytes) read = stage0;
     }
 
     // The epilogue may use shared memory: no copy may land there any more, and no warp still read
