@@ -279,6 +279,9 @@ def test_plan_fits_every_card(capability: int) -> None:
                 build = plan.gemm_build(capability, 82, m, n, capability >= 80, False, epilogue)
                 assert build in builds
                 assert build.grid(m, n)[0] * build.tile.bm * build.tile.bn >= m * n
+            int8 = plan.int8_gemm_build(82, m, n, capability >= 80)
+            assert int8 in builds
+            assert int8.grid(m, n)[0] * int8.tile.bm * int8.tile.bn >= m * n
             for output in (plan.NIBBLES, plan.IMAGE, plan.BYTES)[: 3 if capability == plan.HOPPER else 1]:
                 build, grid, warps, slice_groups = plan.quantize_launch(
                     capability, 82, m, k, 48, capability >= 80, False, output=output
