@@ -289,23 +289,30 @@ struct Consumer {
             for (int s = 0; s < min(left, kChunkStages); ++s)
                 stage(acc, sum, factor);
         }
+        // A quarter at a time, the last one first: in float32 a sum takes two registers instead of
+        // half of one, so acc has to go while result comes. Segments added to all of result at once
+        // left 55 words in local memory. A quarter is five loads under way.
+        constexpr int kPart = kPairs / 2;
 #pragma unroll
-        for (int i = 0; i < 2 * kPairs; ++i) {
-            result[i / kPairs][i % kPairs * 2] = Fp16::low(acc[i / kPairs][i % kPairs]);
-            result[i / kPairs][i % kPairs * 2 + 1] = Fp16::high(acc[i / kPairs][i % kPairs]);
-        }
-#pragma unroll 1
-        for (int s = 0; s < segments; ++s)
+        for (int first = 2 * kPairs - kPart; first >= 0; first -= kPart) {
 #pragma unroll
-            for (int i = 0; i < 2 * kPairs; i += 4) {
-                const uint4 v = parked[s * segment_size + i / 4 * 256];
-                const u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    result[i / kPairs][(i % kPairs + j) * 2] += Fp16::low(pairs[j]);
-                    result[i / kPairs][(i % kPairs + j) * 2 + 1] += Fp16::high(pairs[j]);
-                }
+            for (int i = first; i < first + kPart; ++i) {
+                result[i / kPairs][i % kPairs * 2] = Fp16::low(acc[i / kPairs][i % kPairs]);
+                result[i / kPairs][i % kPairs * 2 + 1] = Fp16::high(acc[i / kPairs][i % kPairs]);
             }
+#pragma unroll 1
+            for (int s = 0; s < segments; ++s)
+#pragma unroll
+                for (int i = first; i < first + kPart; i += 4) {
+                    const uint4 v = parked[s * segment_size + i / 4 * 256];
+                    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        result[i / kPairs][(i % kPairs + j) * 2] += Fp16::low(pairs[j]);
+                        result[i / kPairs][(i % kPairs + j) * 2 + 1] += Fp16::high(pairs[j]);
+                    }
+                }
+        }
 #pragma unroll
         for (int i = 0; i < 4 * kPairs; ++i)
             result[i / (2 * kPairs)][i % (2 * kPairs)] *= top[i / (2 * kPairs) * 2 + i % 4 / 2];
