@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from svdq_core import bench
-from svdq_core.kernels import grid
-from svdq_core.numerics import int4
-from svdq_core.ops.int4 import linear_w4a4
+from svdq_core.kernels import grid, plan
+from svdq_core.numerics import hadamard, int4
 
 RANKS = (0, 16, 32, 64, 128)
 FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
@@ -27,10 +26,8 @@ FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
 def relative_error(m: int, k: int, n: int, dtype: torch.dtype) -> float:
     """Of the layer against float64 of the codes that float32 arithmetic quantizes to."""
     o = bench._operands(m, k, n, 32, dtype, False)
-    out = linear_w4a4(
-        o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
-    )
-    codes, scale = int4.quantize_groups(o["x"].float() / o["smooth"].float(), False)
+    out = bench.layer(o)
+    codes, scale = int4.quantize_groups(hadamard.smooth_and_rotate(o["x"], o["smooth"]), False)
     weight = int4.dequantize(int4.unpack(o["weight"]), o["weight_scale"].t()).double()
     expected = int4.dequantize(codes, scale).double() @ weight.t() + o["bias"].double()
     expected += (o["x"].double() @ o["proj_down"].double()) @ o["proj_up"].double().t()
@@ -43,15 +40,10 @@ def parts(m: int, k: int, n: int) -> dict[str, float]:
     for rank in RANKS:
         size = 2 * m * k + n * k + 2 * m * n
         sets = bench.copies(lambda r=rank: bench._operands(m, k, n, r, torch.bfloat16, False), size)
-        layers = [
-            lambda o=o: linear_w4a4(
-                o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
-            )
-            for o in sets
-        ]
+        layers = [lambda o=o: bench.layer(o) for o in sets]
         result[f"rank{rank}_us"] = bench.median_us(layers)
         if rank == 32:
-            halves = [lambda o=o: grid.quantize(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
+            halves = [lambda o=o: grid.quantize(o["x"], o["smooth"], o["proj_down"], False, plan.ROTATE) for o in sets]
             result["quantize_us"] = bench.median_us(halves)
             result["gemm_us"] = result["rank32_us"] - result["quantize_us"]
             for o in sets:

@@ -63,11 +63,14 @@ def quantizer(m: int, k: int, ranks: tuple[int, ...], bandwidth: float) -> list[
     results = []
     for rank in ranks:
         sets = bench.copies(lambda r=rank: bench._operands(m, k, 64, r, torch.bfloat16, False), 2 * m * k)
-        us = bench.median_us(
-            [lambda o=o: quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False) for o in sets], 50
+        us, rotated_us = (
+            bench.median_us(
+                [lambda o=o, r=r: quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False, r) for o in sets], 50
+            )
+            for r in (False, True)
         )
-        moved = bench.quantize_bytes(m, k, rank)
-        results.append({"m": m, "k": k, "rank": rank, "us": us, "share_of_copy": moved / us * 1e6 / bandwidth})
+        share = bench.quantize_bytes(m, k, rank) / us * 1e6 / bandwidth
+        results.append({"m": m, "k": k, "rank": rank, "us": us, "rotated_us": rotated_us, "share_of_copy": share})
     return results
 
 

@@ -21,7 +21,6 @@ from svdq_core.kernels import int8 as int8_kernels
 from svdq_core.kernels import nvfp4 as nvfp4_kernels
 from svdq_core.numerics import awq, int4, int8, nvfp4
 from svdq_core.ops.awq import linear_awq_w4a16
-from svdq_core.ops.int4 import linear_w4a4
 from svdq_core.ops.int8 import linear_int8
 from svdq_core.ops.nvfp4 import linear_nvfp4
 
@@ -180,7 +179,7 @@ def measure_lora() -> dict:
         for (m, k, n), count in FLUX_LAYERS.items():
             size = 2 * m * k + n * k + 2 * m * n
             sets = bench.copies(lambda s=(m, k, n), r=rank: bench._operands(*s, r, torch.bfloat16, False), size)
-            calls = [lambda o=o: linear_w4a4(*o.values(), False) for o in sets]  # made in the operator's order
+            calls = [lambda o=o: bench.layer(o) for o in sets]
             total += count * bench.median_us(calls)
         times[rank] = total
     cost = times[RANK + LORA_RANK] / times[RANK] - 1

@@ -60,3 +60,10 @@ SVDQ_DEVICE u32 pack_bytes(const float* values, float inverse) {
 SVDQ_DEVICE u32 sign_bytes(u32 first, u32 second) {
     return __byte_perm(first, second, 0x7531) & 0x80808080u;
 }
+
+// The same of four values.
+SVDQ_DEVICE u32 sign_bytes(const float* values) {
+    const u32 first = __byte_perm(as_bits(values[0]), as_bits(values[1]), 0x0073);
+    const u32 second = __byte_perm(as_bits(values[2]), as_bits(values[3]), 0x0073);
+    return __byte_perm(first, second, 0x5410) & 0x80808080u;
+}

@@ -31,6 +31,20 @@
 //     stride 64 bytes (up to 32 ranks):  chunk c at c ^ (row / 8 % 4); row % 2 picks the line's
 //     half stride 128 bytes (64 ranks):       chunk c at c ^ (row / 8 % 4 + 4 (row % 2))
 //
+// With SVDQ_PROLOGUE = 3 what is quantized is rotated: every group's 64 smoothed values go through
+// Sylvester's matrix, whose element (i, j) is the parity of the bits that i and j share. So it can
+// be taken apart by bits of a column's number. Product s above has the columns that differ in bits
+// 0, 1, 3 and 4; the left operand of the same product over the same registers, this time with 16
+// columns of signs at its right, does those four, and bits 2 and 5 are sums and differences of
+// products in one lane:
+//
+//     bits of a column's number    5     4 3    2    1 0         bits of an output's number
+//     in a lane's registers        s / 2  q    s % 2 the pair's  5, 2: products, 1: the half of 16
+//                                                                columns of signs, 4 3 0: of those
+//
+// Every lane ends with the columns that it began with. The 1 / 8 that makes the matrix orthogonal
+// goes to the scales; 1 / 64 in the signs keeps every sum finite.
+//
 // Hopper multiplies bytes, and x . proj_down in 16 bits. SVDQ_OUTPUT says how they are written:
 //
 //   image    as csrc/gemm_hopper.cu reads it: magnitude and sign, swizzled; scales as fp16 relative
@@ -60,12 +74,13 @@ constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a lo
 
 enum Form { kNibbles = 0, kImage = 1, kBytes = 2 };
 constexpr Form kForm = (Form)SVDQ_OUTPUT;
-// Bytes of the image hold a magnitude and a sign: the magnitude is worked out here, the sign is
-// x's.
-constexpr bool kMagnitude = kForm == kImage && !kUnsigned;
-
-enum Prologue { kNone = 0, kGelu = 1, kModulate = 2 };
+enum Prologue { kNone = 0, kGelu = 1, kModulate = 2, kRotate = 3 };
 constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
+
+// Bytes of the image hold a magnitude and a sign: the magnitude is worked out here, the sign is
+// x's, or what the rotation made of it.
+constexpr bool kMagnitude = kForm == kImage && !kUnsigned;
+constexpr bool kSignOfX = kMagnitude && kPrologue != kRotate;
 
 constexpr int kMostThreads = 448, kRows = 16, kStages = SVDQ_STAGES;
 constexpr int kStep = RT > 4 ? 2 : 4;  // groups whose slabs come at once
@@ -150,16 +165,15 @@ SVDQ_DEVICE void apply_modulation(Fragment& x, const Arguments& p, u32 row0, u32
     }
 }
 
-// 1 / smooth; magnitudes want it without its sign, which the weight's image has instead.
+// 1 / smooth; where the sign is x's, the weight's image has smooth's.
 SVDQ_DEVICE float inverse_factor(float smooth) {
-    return reciprocal(kMagnitude ? fabsf(smooth) : smooth);
+    return reciprocal(kSignOfX ? fabsf(smooth) : smooth);
 }
 
-// Quantizes one row of a fragment; `inverse_smooth` is shared memory with the group's 64 floats
-// from this lane's first column on. `codes` are 16 nibbles or 16 bytes. Every lane of
-// the quad returns the group's scale.
-SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&codes)[4]) {
-    float values[16], part[4];  // four chains of maxima, not one long one
+using Values = float[16];  // of a row, in the order of its pairs
+
+// `inverse_smooth` is shared memory with the group's 64 floats from this lane's first column on.
+SVDQ_DEVICE void smooth_row(Values& values, const u32 (&pair)[8], u32 inverse_smooth) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint4 s = load_shared16(inverse_smooth + i / 2 * 128 + i % 2 * 16);
@@ -168,17 +182,90 @@ SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&c
         const u32 inverse[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            values[4 * i + j] = kMagnitude ? fabsf(x[j]) * as_float(inverse[j])
-                                           : smoothed<T, kUnsigned>(x[j], as_float(inverse[j]));
+            values[4 * i + j] = kSignOfX ? fabsf(x[j]) * as_float(inverse[j])
+                                         : smoothed<T, kUnsigned>(x[j], as_float(inverse[j]));
     }
+}
+
+// A lane's part of the 16 x 16 signs over 64, as right operands for outputs' bit 1 clear and set.
+struct Signs {
+    u32 half[2][2];
+
+    SVDQ_DEVICE explicit Signs(u32 g, u32 q) {
+        constexpr u32 kOne = T::kIsBf16 ? 0x3C803C80u : 0x24002400u;  // 2^-6, twice
+        const u32 row = __popc(q & g / 2) % 2 * 0x80008000u;          // bits 3 and 4
+#pragma unroll
+        for (u32 n = 0; n < 2; ++n)
+#pragma unroll
+            for (u32 k = 0; k < 2; ++k)
+                half[n][k] = kOne ^ row ^ (n & k) * 0x80008000u ^ g % 2 * 0x80000000u;
+    }
+};
+
+// The group's smoothed values in 16 bits, rotated, over 8. Returns false if one of them is not
+// finite, in which case no result of its row is.
+SVDQ_DEVICE bool rotate(Values (&values)[2], const Signs& signs, bool clamp) {
+    u32 pair[2][8];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float low = values[h][2 * i], high = values[h][2 * i + 1];
+            pair[h][i] = clamp ? T::pack(saturate<T>(low), saturate<T>(high)) : T::pack(low, high);
+        }
+    float sum[4][2][4] = {};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+        const u32 a[4] = {pair[0][2 * s], pair[1][2 * s], pair[0][2 * s + 1], pair[1][2 * s + 1]};
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+            mma_16bit<T>(sum[s][n], a, signs.half[n][0], signs.half[n][1]);
+    }
+    bool finite = true;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i / 2, e = 2 * h + i % 2;
+            const float plus[2] = {sum[0][n][e] + sum[1][n][e], sum[2][n][e] + sum[3][n][e]};
+            const float minus[2] = {sum[0][n][e] - sum[1][n][e], sum[2][n][e] - sum[3][n][e]};
+            values[h][i] = plus[0] + plus[1];
+            values[h][4 + i] = minus[0] + minus[1];
+            values[h][8 + i] = plus[0] - plus[1];
+            values[h][12 + i] = minus[0] - minus[1];
+        }
+        finite &= fabsf(values[h][0]) <= kFloatMax;
+    }
+    return finite;
+}
+
+// Both rows' values of a group.
+SVDQ_DEVICE void values_of(Values (&values)[2], const Fragment& x, u32 inverse_smooth,
+                           const Signs& signs) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+        smooth_row(values[h], x.pair[h], inverse_smooth);
+    if constexpr (kPrologue == kRotate) {
+        if (__all_sync(0xFFFFFFFFu, rotate(values, signs, false))) return;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            smooth_row(values[h], x.pair[h], inverse_smooth);
+        rotate(values, signs, true);
+    }
+}
+
+// Quantizes one row of a group. `codes` are 16 nibbles or 16 bytes. Every lane of the quad returns
+// the group's scale.
+SVDQ_DEVICE float quantize_row(Values& values, const u32 (&pair)[8], u32 (&codes)[4]) {
+    float part[4];  // four chains of maxima, not one long one
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-        const float value = kUnsigned || kMagnitude ? values[i] : fabsf(values[i]);
+        const float value = kUnsigned || kSignOfX ? values[i] : fabsf(values[i]);
         part[i % 4] = fmaxf(i < 4 ? 0.f : part[i % 4], value);
     }
     float largest = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     largest = quad_max(largest);
-    if (largest > kFloatMax) {  // x / smooth overflowed
+    if (kPrologue != kRotate && largest > kFloatMax) {  // x / smooth overflowed
         largest = kFloatMax;
 #pragma unroll
         for (int i = 0; i < 16; ++i)
@@ -188,14 +275,22 @@ SVDQ_DEVICE float quantize_row(const u32 (&pair)[8], u32 inverse_smooth, u32 (&c
     if constexpr (kForm != kNibbles) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            codes[i] = pack_bytes<kUnsigned>(values + 4 * i, inverse);
-            if (kMagnitude) codes[i] |= sign_bytes(pair[2 * i], pair[2 * i + 1]);
+            const float* four = values + 4 * i;
+            if constexpr (kMagnitude) {
+                const float magnitudes[4] = {fabsf(four[0]), fabsf(four[1]), fabsf(four[2]),
+                                             fabsf(four[3])};
+                codes[i] = pack_bytes<kUnsigned>(magnitudes, inverse) |
+                           (kSignOfX ? sign_bytes(pair[2 * i], pair[2 * i + 1]) : sign_bytes(four));
+            } else {
+                codes[i] = pack_bytes<kUnsigned>(four, inverse);
+            }
         }
     } else {
         codes[0] = pack_codes<kUnsigned>(values, inverse);
         codes[1] = pack_codes<kUnsigned>(values + 8, inverse);
     }
-    return inverse > 0.f ? largest * (kUnsigned ? 1.f / 15.f : 1.f / 7.f) : 0.f;
+    constexpr float kUnit = kUnsigned ? 1.f / 15.f : kPrologue == kRotate ? 8.f / 7.f : 1.f / 7.f;
+    return inverse > 0.f ? fminf(largest * kUnit, kFloatMax) : 0.f;
 }
 
 // What a warp needs to know to write what it makes. Pointers are to where the next group goes.
@@ -384,6 +479,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
     }
     __syncthreads();
 
+    const Signs signs(g, q);
     Sums sum = {};
     // Fragment rows of products s: 32 (s / 2) + 4 (s % 2) rows on from these, which leaves the
     // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
@@ -425,11 +521,12 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
             }
         }
         if (quantizes) {
+            Values values[2];
+            values_of(values, x, inverse_smooth + (i * kGroup + 8 * q) * 4, signs);
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
                 u32 codes[4];
-                const float scale =
-                    quantize_row(x.pair[h], inverse_smooth + (i * kGroup + 8 * q) * 4, codes);
+                const float scale = quantize_row(values[h], x.pair[h], codes);
                 out.codes(i, odd, h, codes, scale);
             }
             if (kForm == kImage && (i % kChunk == kChunk - 1 || i == count - 1))

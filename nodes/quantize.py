@@ -77,8 +77,7 @@ class SVDQuantQuantizeCheckpoint:
                         "default": "balanced",
                         "tooltip": "fast: no calibration, lower quality. balanced: smoothing, low-rank "
                         "branch and rounding fitted to what each layer sees. best: that in several "
-                        "rounds, and inputs rotated in groups of 64 where it helps (int4): the closest to 16 bits; "
-                        "slower to make, and a little slower to run.",
+                        "rounds, slower.",
                     },
                 ),
                 "rank": (

@@ -101,6 +101,13 @@ def _operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: b
     }
 
 
+def layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Our layer, (M, N), of :func:`_operands`: signed and so rotated, as recipes make most."""
+    return linear_w4a4(
+        o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False, True
+    )
+
+
 def quantize_bytes(m: int, k: int, rank: int) -> int:
     """The fewest bytes the quantizer must move."""
     return 2 * m * k + m * k // 2 + 4 * m * k // 64 + 4 * m * rank + 2 * k * (rank + 1)
@@ -125,11 +132,6 @@ def bench_shape(
     ``fp8_gemm`` and ``int8_gemm`` are torch's bare products, without what quantizes their input.
     """
     sets = copies(lambda: _operands(m, k, n, rank, dtype, False), 2 * m * k + n * k // 2 + 2 * m * n)
-
-    def layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
-        return linear_w4a4(
-            o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False
-        )
 
     result: dict[str, Any] = {"m": m, "k": k, "n": n, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
     if runs_in_halves():
@@ -158,7 +160,7 @@ def _bench_halves(result: dict[str, Any], sets: list[dict[str, torch.Tensor]], l
     m, k, n, rank = (result[name] for name in ("m", "k", "n", "rank"))
 
     def quantize(o: dict[str, torch.Tensor]):
-        return quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False)
+        return quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False, True)
 
     def linear(o: dict[str, torch.Tensor], quantized):
         return linear_int4(*quantized, o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False)

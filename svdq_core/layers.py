@@ -41,11 +41,11 @@ class _Arithmetic(ABC):
     @staticmethod
     @abstractmethod
     def weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N, K) float32: the quantized weight, smoothed where the format smooths."""
+        """(N, K) float32: the quantized weight, smoothed where the format smooths, rotated where the layer is."""
 
     @staticmethod
     @abstractmethod
-    def linear(x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], act_unsigned: bool) -> torch.Tensor:
+    def linear(x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], spec: LayerSpec) -> torch.Tensor:
         """(M, K) -> (M, N), low-rank branch (where the format has one) and bias included."""
 
 
@@ -55,9 +55,9 @@ class _Int4(_Arithmetic):
         return int4.dequantize(int4.unpack(tensors["weight"]), tensors["weight_scale"].t())
 
     @staticmethod
-    def linear(x, tensors, act_unsigned):
+    def linear(x, tensors, spec):
         names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
-        return linear_w4a4(x, *(tensors[name] for name in names), act_unsigned)
+        return linear_w4a4(x, *(tensors[name] for name in names), spec.act_unsigned, spec.rotated)
 
 
 class _NVFP4(_Arithmetic):
@@ -69,7 +69,7 @@ class _NVFP4(_Arithmetic):
         return weight if channel_scale is None else weight * channel_scale.float()[:, None]
 
     @staticmethod
-    def linear(x, tensors, act_unsigned):
+    def linear(x, tensors, spec):
         return linear_nvfp4(
             x,
             tensors["smooth_factor"],
@@ -89,7 +89,7 @@ class _Int8(_Arithmetic):
         return int8.dequantize(tensors["weight"], tensors["weight_scale"][:, None])
 
     @staticmethod
-    def linear(x, tensors, act_unsigned):
+    def linear(x, tensors, spec):
         names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
         return linear_int8(x, *(tensors[name] for name in names))
 
@@ -101,7 +101,7 @@ class _AWQ(_Arithmetic):
         return awq.dequantize(codes, tensors["weight_scale"].t(), tensors["weight_zero"].t())
 
     @staticmethod
-    def linear(x, tensors, act_unsigned):
+    def linear(x, tensors, spec):
         names = ("weight", "weight_scale", "weight_zero", "bias")
         return linear_awq_w4a16(x, *(tensors[name] for name in names))
 
@@ -112,7 +112,7 @@ class _NF4(_Arithmetic):
         return nf4.dequantize(int4.unpack(tensors["weight"], unsigned=True), tensors["weight_scale"].t())
 
     @staticmethod
-    def linear(x, tensors, act_unsigned):
+    def linear(x, tensors, spec):
         return linear_nf4(x, tensors["weight"], tensors["weight_scale"], tensors["bias"])
 
 
@@ -133,8 +133,8 @@ class SVDQLinear(torch.nn.Module):
     extended copy of the low-rank branch (a branch of their own in a weight-only format), so taking an
     adapter off gives back the very same bytes.
 
-    A rotated layer is one of the rotated input (``numerics.hadamard``): that takes the place of x and needs no
-    smoothing any more, and both its weight and its ``proj_down`` are rotated as well.
+    In a rotated layer (``numerics.hadamard``) the smoothed input is rotated before it is quantized, and the weight
+    is as well; the low-rank branch sees the input itself, as everywhere.
 
     Args:
         spec: shapes and format.
@@ -157,7 +157,6 @@ class SVDQLinear(torch.nn.Module):
         self._adapters: dict[str, Adapter] = {}
         for name in ("adapted_down", "adapted_up", "delta"):
             self.register_buffer(name, None, persistent=False)
-        self.register_buffer("rotation", hadamard.matrix(spec.dtype) if spec.rotated else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) floating point -> (..., N) in the same type."""
@@ -166,14 +165,13 @@ class SVDQLinear(torch.nn.Module):
     def active_tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors the next call computes with, adapters included.
 
-        Those of the file by their names there, ``rotation`` and ``delta``. ``proj_down`` and ``proj_up`` hold the
-        adapters' rank too, and are None in a weight-only layer without adapters; ``bias``, ``rotation`` and ``delta``
-        are None if there is none.
+        Those of the file by their names there, and ``delta``. ``proj_down`` and ``proj_up`` hold the adapters' rank
+        too, and are None in a weight-only layer without adapters; ``bias`` and ``delta`` are None if there is none.
         """
         tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | dict(self.named_parameters(recurse=False))
         if self.adapted_down is not None:
             tensors |= {"proj_down": self.adapted_down, "proj_up": self.adapted_up}
-        return tensors | {"rotation": self.rotation, "delta": self.delta}
+        return tensors | {"delta": self.delta}
 
     def _apply(self, fn, recurse: bool = True):
         """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the tensors there is freed."""
@@ -214,18 +212,16 @@ class SVDQLinear(torch.nn.Module):
 
     def _weight(self, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """(N, K) float32: what the quantized weight and a low-rank branch stand for together."""
-        weight, branch = self._residual(), 0.0
+        weight = self._residual()
         if tensors.get("proj_up") is not None:
-            branch = tensors["proj_up"].float() @ tensors["proj_down"].float().t()
-            if self.spec.rotated:
-                branch = hadamard.rotate(branch, self.rotation.float()) / self.smooth_factor.float()
-        return weight + branch
+            weight = weight + tensors["proj_up"].float() @ tensors["proj_down"].float().t()
+        return weight
 
     def _residual(self) -> torch.Tensor:
         """(N, K) float32: the quantized part of the weight, smoothing and rotation undone."""
         weight = self._arithmetic.weight(dict(self.named_parameters(recurse=False)))
         if self.spec.rotated:
-            weight = hadamard.rotate(weight, self.rotation.float())
+            weight = hadamard.rotate(weight)
         return weight / self.smooth_factor.float() if self.spec.layout.low_rank else weight
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
@@ -235,11 +231,7 @@ class SVDQLinear(torch.nn.Module):
             for name, tensor in tensors.items()
         }
         rows = x.reshape(-1, self.in_features).contiguous()
-        inputs = rows
-        if self.spec.rotated:
-            inputs = hadamard.smooth_and_rotate(rows, cast["smooth_factor"], cast["rotation"])
-            cast["smooth_factor"] = torch.ones_like(cast["smooth_factor"])
-        y = self._arithmetic.linear(inputs, cast, self.act_unsigned)
+        y = self._arithmetic.linear(rows, cast, self.spec)
         if not self.spec.layout.low_rank and cast["proj_up"] is not None:
             y = y + rows @ cast["proj_down"] @ cast["proj_up"].t()
         if cast["delta"] is not None:
@@ -250,18 +242,11 @@ class SVDQLinear(torch.nn.Module):
         if not extra:
             return None
         base = [getattr(self, branch)] if self.spec.layout.low_rank else []
-        if self.spec.rotated and branch == "proj_down":
-            extra = [self._rotated_down(tensor.to(self.weight.device)) for tensor in extra]
         extra = [tensor.to(self.weight.device, self.spec.dtype) for tensor in extra]
         rank = sum(tensor.shape[1] for tensor in (*base, *extra))
         # Kernels multiply ranks in sixteens; padding once here saves a copy at every call.
         padding = extra[0].new_zeros((extra[0].shape[0], -rank % 16))
         return torch.cat([*base, *extra, padding], dim=1)
-
-    def _rotated_down(self, down: torch.Tensor) -> torch.Tensor:
-        """(K, r) float32: what multiplies the rotated input where ``down`` multiplies the input."""
-        smoothed = down.float() * self.smooth_factor.float()[:, None]
-        return hadamard.rotate(smoothed.t(), self.rotation.float()).t()
 
     def extra_repr(self) -> str:
         """Shape, format and rank, for ``print(model)``."""

@@ -81,7 +81,7 @@ class LayerSpec:
     dtype: torch.dtype  # of the smoothing, the low-rank branch, the bias, and the scales of some formats
     act_unsigned: bool = False
     channel_scale: bool = False  # svdquant_nvfp4: has the optional weight_channel_scale
-    rotated: bool = False  # svdquant_w4a4: everything multiplies the smoothed input rotated in groups
+    rotated: bool = False  # svdquant_w4a4: what is quantized of the input is rotated in groups of 64
 
     @property
     def layout(self) -> Layout:
@@ -227,6 +227,11 @@ class QuantizedCheckpoint:
             ) from error
         rotated = format_name == _ROTATED_W4A4
         if rotated:
+            if config.get("act_unsigned"):
+                raise CheckpointError(
+                    f"{self.path}: layer {name} is rotated and has unsigned activations, which do not go together. "
+                    "Quantize the model again."
+                )
             format_name = SVDQUANT_W4A4
         if str(format_name) not in LAYOUTS:
             raise CheckpointError(

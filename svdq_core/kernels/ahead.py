@@ -14,6 +14,7 @@ from ..formats import comfy_quant
 from . import library, plan, status
 
 _log = logging.getLogger(__name__)
+_W4A4_INPUTS = ((False, plan.PLAIN), (True, plan.PLAIN), (False, plan.ROTATE))  # (unsigned, prologue)
 _EXTENDED_RANK = 48  # any rank above 32 runs the same builds; GEMMs take every rank as they are
 
 
@@ -26,8 +27,8 @@ def adapter_builds(
     if comfy_quant.SVDQUANT_W4A4 in formats:
         outputs = (plan.IMAGE, plan.BYTES) if hopper else (plan.NIBBLES,)
         builds += [
-            plan.quantize_launch(*card, *shape, unsigned, output=output).build
-            for unsigned, output in product((False, True), outputs)
+            plan.quantize_launch(*card, *shape, unsigned, prologue, output).build
+            for (unsigned, prologue), output in product(_W4A4_INPUTS, outputs)
         ]
     if comfy_quant.SVDQUANT_NVFP4 in formats:
         builds.append(plan.nvfp4_quantize_launch(*card, *shape, plan.WIDE if hopper else plan.CODES).build)

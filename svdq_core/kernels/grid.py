@@ -56,7 +56,11 @@ def image(weight: torch.Tensor, weight_scale: torch.Tensor) -> GridImage | None:
 
 
 def quantize(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, act_unsigned: bool
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    prologue: int = plan.PLAIN,
 ) -> QuantizerOutputs:
     """The activations' half of a layer, operands checked; ``proj_down`` has a multiple of 8 ranks.
 
@@ -75,7 +79,7 @@ def quantize(
         None,
         torch.empty((rank_blocks, rows), dtype=torch.float32, device=device) if x.dtype == torch.float16 else None,
     )
-    launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out)
+    launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out, prologue)
     return out
 
 

@@ -90,6 +90,7 @@ def linear(
     proj_up: torch.Tensor,
     bias: torch.Tensor | None,
     act_unsigned: bool,
+    act_rotated: bool = False,
 ) -> torch.Tensor:
     """``svdq::linear_w4a4``.
 
@@ -110,19 +111,25 @@ def linear(
         expect(name, "bias", bias, x, (n,), dtype)
     if m == 0:
         return x.new_empty((m, n))
+    prologue = plan.ROTATE if act_rotated else plan.PLAIN
     with on(x.device.index):
-        image = _weight_image(weight, weight_scale, smooth_factor, bool(act_unsigned))
+        # Codes of a rotated or shifted input have a sign of their own, or none.
+        image = _weight_image(weight, weight_scale, None if act_rotated or act_unsigned else smooth_factor)
         if isinstance(image, grid.GridImage):
-            quantized = grid.quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
+            quantized = grid.quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned, prologue)
             return grid.multiply(quantized, image, proj_up, bias, act_unsigned)
-        quantized = quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned)
+        quantized = quantize(x, smooth_factor, pad_rank(proj_down), act_unsigned, prologue)
         out = x.new_empty((m, n))
         _multiply(quantized, image, _up_image(proj_up, image), bias, rank, out)
     return out
 
 
 def quantize(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, act_unsigned: bool
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    prologue: int = plan.PLAIN,
 ) -> QuantizerOutputs:
     """The activations' half of a layer; ``proj_down`` has a multiple of 8 ranks."""
     (m, k), rank = x.shape, proj_down.shape[1]
@@ -140,7 +147,7 @@ def quantize(
         torch.empty((-(-k // _CHUNK), rows), dtype=torch.float32, device=device),
         torch.empty((rank_blocks, rows), dtype=torch.float32, device=device) if x.dtype == torch.float16 else None,
     )
-    launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out)
+    launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out, prologue)
     return out
 
 
@@ -207,16 +214,16 @@ def _state(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _weight_image(
-    weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: bool
+    weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor | None
 ) -> WeightImage | grid.GridImage:
-    key = (*_state(weight), weight_scale.dtype, act_unsigned)
+    key = (*_state(weight), weight_scale.dtype, smooth_factor is None)
     found = _weights.get(weight)
     if found is None or found[0] != key:
         # While a graph is captured nothing is computed, so that scales cannot be looked at, and what is made then
         # belongs to the graph.
         capturing = torch.cuda.is_current_stream_capturing()
         image = None if capturing else grid.image(weight, weight_scale)
-        found = key, image or weight_image(weight, weight_scale, smooth_factor, act_unsigned)
+        found = key, image or weight_image(weight, weight_scale, smooth_factor)
         if not capturing:
             _weights[weight] = found
     return found[1]
@@ -247,21 +254,18 @@ def _swizzle(chunks: torch.Tensor) -> torch.Tensor:
     return blocks.gather(-2, index).flatten(-4, -3)
 
 
-def weight_image(
-    weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: bool
-) -> WeightImage:
+def weight_image(weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor | None) -> WeightImage:
     """A weight of the file as the kernel reads it.
 
     Args:
         weight: (N, K / 2) int8, signed codes.
         weight_scale: (K / 64, N).
-        smooth_factor: (K,); signed activations lose its sign, the weight takes it over.
-        act_unsigned: whether activations are unsigned.
+        smooth_factor: (K,) whose sign the weight takes over, since codes of a signed activation have x's; or None.
     """
     n, k = weight.shape[0], 2 * weight.shape[1]
     rows, stages = -(-n // 32) * 32, -(-k // _STAGE)
     codes = int4.unpack(weight).half().to(torch.float8_e4m3fn).view(torch.uint8)
-    if not act_unsigned:
+    if smooth_factor is not None:
         codes ^= (smooth_factor < 0).to(torch.uint8) << 7
     codes = torch.nn.functional.pad(codes, (0, stages * _STAGE - k, 0, rows - n))
     # (rows, stages, 2 groups, 2 halves, 4 q, 8) -> (stages, rows, 8 chunks, 16)

@@ -225,7 +225,7 @@ def quantize(
     prologue: int = plan.PLAIN,
     modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``svdq::quantize_act_int4``, with GELU or a modulation in front.
+    """``svdq::quantize_act_int4``, with GELU or a modulation in front, or with a rotation.
 
     Args:
         modulation: (scale, shift), each (B, K); rows ``i * M / B`` on take row ``i``.

@@ -15,7 +15,7 @@ GROUP = 64
 
 # Epilogues of the GEMM and prologues of the quantizer, by their number in the source.
 STORE, GELU_QUANTIZE, NORM_ROPE = 0, 1, 2
-PLAIN, GELU, MODULATE = 0, 1, 2
+PLAIN, GELU, MODULATE, ROTATE = 0, 1, 2, 3
 # What INT4's quantizer writes: packed codes, or on Hopper bytes in the layout of either GEMM.
 NIBBLES, IMAGE, BYTES = 0, 1, 2
 # What NVFP4's quantizer writes: codes, their values in fp16, or rows' largest only (for INT8).
@@ -680,8 +680,11 @@ def all_builds(capability: int) -> list[Build]:
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
             QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), output)
-            for rank_tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE))
-            for output in ((NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue == PLAIN else (NIBBLES,))
+            for rank_tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE))
+            if not (unsigned and prologue == ROTATE)
+            for output in (
+                (NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue in (PLAIN, ROTATE) else (NIBBLES,)
+            )
         ]
         for tile in (LARGE, MEDIUM, SMALL):
             build = GemmBuild(bf16, unsigned, tile)

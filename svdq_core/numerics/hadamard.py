@@ -13,32 +13,33 @@ def matrix(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (1 - 2 * (ones % 2)).to(dtype) / GROUP_SIZE**0.5
 
 
-def rotate(values: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate(values: torch.Tensor) -> torch.Tensor:
     """Multiply every group of 64 columns by the matrix; twice is the identity.
 
     Args:
         values: (..., K) floating point, K a multiple of 64.
-        rotation: :func:`matrix`, of the values' type and on their device.
 
     Returns:
         (..., K) contiguous.
     """
+    rotation = matrix(values.dtype).to(values.device)
     return torch.matmul(values.reshape(-1, GROUP_SIZE), rotation).view(values.shape)
 
 
-def smooth_and_rotate(x: torch.Tensor, smooth_factor: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """What takes a rotated layer's input's place: ``x / smooth_factor``, rotated.
+def smooth_and_rotate(x: torch.Tensor, smooth_factor: torch.Tensor) -> torch.Tensor:
+    """What a rotated layer quantizes: ``x / smooth_factor`` in x's type, rotated.
 
-    In float16, what the division takes so far that a sum of 64 could leave the type's range is cut off: nothing finite
-    makes NaN. The other types have range enough not to spend a pass over x on it.
+    Kernels rotate by products of 16-bit numbers, so that is what the smoothed input is rounded to; beyond the type's
+    range it is cut off, and nothing finite makes NaN.
 
     Args:
         x: (M, K) float32, bfloat16 or float16.
         smooth_factor: (K,) of the same type, not zero.
-        rotation: as for :func:`rotate`.
+
+    Returns:
+        (M, K) float32.
     """
-    smoothed = x / smooth_factor
-    if x.dtype == torch.float16:
-        most = torch.finfo(x.dtype).max / GROUP_SIZE**0.5
-        smoothed.clamp_(-most, most)
-    return rotate(smoothed, rotation)
+    most = torch.finfo(x.dtype).max
+    smoothed = (x.float() / smooth_factor.float()).clamp(-most, most).to(x.dtype).float()
+    most = torch.finfo(torch.float32).max
+    return (rotate(smoothed / GROUP_SIZE) * GROUP_SIZE).clamp(-most, most)

@@ -35,6 +35,11 @@ class _Operator(NamedTuple):
         return self.kernel(launch, *operands)
 
 
+def _quantize_act(launch, x: torch.Tensor, smooth_factor, proj_down, act_unsigned, act_rotated=False):
+    prologue = plan.ROTATE if act_rotated else plan.PLAIN
+    return launch.quantize(x, smooth_factor, proj_down, act_unsigned, prologue)
+
+
 def _linear_w4a4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
     """A whole layer: with kernels of its own on Hopper, elsewhere its two halves."""
     if launch.card(x.device.index)[0] != plan.HOPPER:
@@ -86,9 +91,7 @@ def _feed_forward_nvfp4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
 
 # The first eight operands of every linear are those of ``linear_int4``; the sixth is ``proj_up``.
 _OPERATORS = {
-    "quantize_act_int4": _Operator(
-        int4._quantize_act_reference, lambda launch, *operands: launch.quantize(*operands), 0
-    ),
+    "quantize_act_int4": _Operator(int4._quantize_act_reference, _quantize_act, 0),
     "linear_w4a4": _Operator(int4._linear_w4a4_reference, _linear_w4a4, 0),
     "linear_int4": _Operator(int4._linear_reference, lambda launch, *operands: launch.gemm(*operands), 5),
     "gelu_quantize_act_int4": _Operator(

@@ -13,11 +13,12 @@ weight, in a layout of its own.
 
 import torch
 
-from ..numerics import int4
+from ..numerics import hadamard, int4
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
-    "quantize_act_int4(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned) -> (Tensor, Tensor, Tensor)"
+    "quantize_act_int4(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned, bool act_rotated=False)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "linear_int4(Tensor qact, Tensor act_scale, Tensor down, Tensor weight, Tensor weight_scale,"
@@ -25,7 +26,7 @@ _library.define(
 )
 _library.define(
     "linear_w4a4(Tensor x, Tensor smooth_factor, Tensor proj_down, Tensor weight, Tensor weight_scale,"
-    " Tensor proj_up, Tensor? bias, bool act_unsigned) -> Tensor"
+    " Tensor proj_up, Tensor? bias, bool act_unsigned, bool act_rotated=False) -> Tensor"
 )
 
 
@@ -38,34 +39,42 @@ def linear_w4a4(
     proj_up: torch.Tensor,
     bias: torch.Tensor | None,
     act_unsigned: bool,
+    act_rotated: bool = False,
 ) -> torch.Tensor:
     """A whole layer: :func:`quantize_act_int4`, then :func:`linear_int4`.
 
     Args:
         x: (M, K).
-        smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned: as in the two halves.
+        smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated: as in the two halves.
 
     Returns:
         (M, N) in ``proj_up``'s dtype.
     """
-    return torch.ops.svdq.linear_w4a4(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned)
+    return torch.ops.svdq.linear_w4a4(
+        x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
+    )
 
 
 def quantize_act_int4(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, act_unsigned: bool
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    act_rotated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Smooth and quantize activations, and project them down to the low-rank branch.
 
     Args:
         x: (M, K) bf16, fp16 or (reference only) float32.
         smooth_factor: (K,) the activation is divided by it; same dtype as ``x``.
-        proj_down: (K, r) applied to the unsmoothed, unshifted ``x``; same dtype as ``x``.
+        proj_down: (K, r) applied to the unsmoothed, unshifted, unrotated ``x``; same dtype as ``x``.
         act_unsigned: quantize ``x + GELU_SHIFT`` to [0, 15] instead of ``x`` to [-7, 7].
+        act_rotated: rotate what is quantized in groups of 64 (``numerics.hadamard``); not with ``act_unsigned``.
 
     Returns:
         qact (M, K / 2) int8, act_scale (K / 64, M) float32, down (M, r) float32.
     """
-    return torch.ops.svdq.quantize_act_int4(x, smooth_factor, proj_down, act_unsigned)
+    return torch.ops.svdq.quantize_act_int4(x, smooth_factor, proj_down, act_unsigned, act_rotated)
 
 
 def linear_int4(
@@ -95,9 +104,12 @@ def linear_int4(
 
 
 @torch.library.impl(_library, "quantize_act_int4", "CompositeExplicitAutograd")
-def _quantize_act_reference(x, smooth_factor, proj_down, act_unsigned):
-    shifted = x.float() + int4.GELU_SHIFT if act_unsigned else x.float()
-    codes, scale = int4.quantize_groups(shifted / smooth_factor.float(), act_unsigned)
+def _quantize_act_reference(x, smooth_factor, proj_down, act_unsigned, act_rotated=False):
+    if act_rotated:
+        smoothed = hadamard.smooth_and_rotate(x, smooth_factor)
+    else:
+        smoothed = (x.float() + int4.GELU_SHIFT if act_unsigned else x.float()) / smooth_factor.float()
+    codes, scale = int4.quantize_groups(smoothed, act_unsigned)
     return int4.pack(codes), scale.t().contiguous(), x.float() @ proj_down.float()
 
 
@@ -112,13 +124,15 @@ def _linear_reference(qact, act_scale, down, weight, weight_scale, proj_up, bias
 
 
 @torch.library.impl(_library, "linear_w4a4", "CompositeExplicitAutograd")
-def _linear_w4a4_reference(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned):
-    quantized = quantize_act_int4(x, smooth_factor, proj_down, act_unsigned)
+def _linear_w4a4_reference(
+    x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated=False
+):
+    quantized = quantize_act_int4(x, smooth_factor, proj_down, act_unsigned, act_rotated)
     return linear_int4(*quantized, weight, weight_scale, proj_up, bias, act_unsigned)
 
 
 @torch.library.register_fake("svdq::quantize_act_int4")
-def _quantize_act_fake(x, smooth_factor, proj_down, act_unsigned):
+def _quantize_act_fake(x, smooth_factor, proj_down, act_unsigned, act_rotated=False):
     m, k = x.shape
     return (
         x.new_empty((m, k // 2), dtype=torch.int8),
@@ -133,5 +147,7 @@ def _linear_fake(qact, act_scale, down, weight, weight_scale, proj_up, bias, act
 
 
 @torch.library.register_fake("svdq::linear_w4a4")
-def _linear_w4a4_fake(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned):
+def _linear_w4a4_fake(
+    x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated=False
+):
     return proj_up.new_empty((x.shape[0], weight.shape[0]))

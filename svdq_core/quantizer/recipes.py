@@ -6,7 +6,6 @@ weight-only formats there is nothing to smooth and no low-rank part: only roundi
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +36,7 @@ class Recipe:
         rounds: how often the rest is rounded at most, the branch fitted to the error in between; the best is kept,
             and the first that is no better ends it.
         refit: whether a round ends with the branch fitted to the error of its codes, where that is better.
-        rotate: whether a signed INT4 layer may be rotated, where that is better (needs calibration).
+        rotate: whether signed INT4 layers are rotated. What is left for smoothing there has a closed form.
     """
 
     smooth: Literal["none", "grid", "descent"] = "none"
@@ -55,8 +54,8 @@ class Recipe:
 
 
 RECIPES = {
-    "fast": Recipe(clip=True, refit=True),
-    "balanced": Recipe(smooth="descent", clip=True, moments=True, refit=True),
+    "fast": Recipe(clip=True, refit=True, rotate=True),
+    "balanced": Recipe(smooth="descent", clip=True, moments=True, refit=True, rotate=True),
     "best": Recipe(smooth="descent", clip=True, moments=True, rounds=8, refit=True, rotate=True),
 }
 
@@ -66,7 +65,7 @@ class QuantizedLayer:
     """A layer ready to be written.
 
     Attributes:
-        spec: what became of the one asked for: it may be rotated.
+        spec: the one asked for, rotated if the recipe wants it so.
         tensors: by their name inside the layer.
         weight_error: relative Frobenius error of the weight it stands for.
         output_error: relative error of its output on the calibration sample; None without one.
@@ -102,9 +101,9 @@ def quantize_layer(
     """
     _check(spec, weight, bias, statistics)
     if spec.layout.low_rank:
-        found = _Layer(spec, weight.float(), statistics, recipe, seed).quantized()
-        spec = dataclasses.replace(spec, rotated=found.rotated)
-        tensors = found.tensors(spec, bias)
+        rotated = recipe.rotate and spec.format == SVDQUANT_W4A4 and not spec.act_unsigned
+        spec = dataclasses.replace(spec, rotated=rotated)
+        tensors = _Layer(spec, weight.float(), statistics, recipe, seed).quantized().tensors(spec, bias)
     else:
         tensors = _weight_only(spec, weight.float(), bias, statistics)
     return QuantizedLayer(spec, tensors, *_measure(spec, tensors, weight, bias, statistics))
@@ -147,7 +146,6 @@ class _Attempt:
     proj_up: torch.Tensor  # (N, r)
     codes: torch.Tensor  # (N, K) int8
     scales: dict[str, torch.Tensor]  # the format's
-    rotated: bool
 
     def rounded(self, codec: Codec) -> torch.Tensor:
         """(N, K) float32: the quantized part of the smoothed weight."""
@@ -185,7 +183,7 @@ class _Layer:
 
     def quantized(self) -> _Attempt:
         """Follow the recipe: smooth, then round and fit the branch in turns."""
-        starts = (_Smoothed(self, factor, rotated) for factor, rotated in self._smoothing_factors())
+        starts = (_Smoothed(self, factor) for factor in self._smoothing_factors())
         smoothed, best = min(((each, each.first()) for each in starts), key=lambda start: start[1].error)
         current = best
         for _ in range(1, self.recipe.rounds):
@@ -199,12 +197,19 @@ class _Layer:
         """Up (N, r) and down (K, r) of the branch nearest to an (N, K) matrix."""
         return truncated_svd(matrix, self.spec.rank, torch.Generator().manual_seed(self._seed), metric)
 
-    def _smoothing_factors(self) -> Iterator[tuple[torch.Tensor, bool]]:
-        """(K,) each, and whether the input is to be rotated."""
-        dtype = self.spec.dtype
+    def _smoothing_factors(self) -> list[torch.Tensor]:
+        """(K,) each, to choose from."""
+        signs = torch.ones(self.spec.in_features)
+        if self.spec.rotated:  # or a mean that channels have in common would add up in one of them
+            random = torch.Generator().manual_seed(self._seed)
+            signs -= 2 * torch.randint(0, 2, signs.shape, generator=random)
+        signs = signs.to(self.weight.device, self.spec.dtype)
         if self.recipe.smooth == "none":
-            yield torch.ones(self.spec.in_features, dtype=dtype, device=self.weight.device), False
-            return
+            return [signs]
+        return [signs * factor for factor in self._positive_factors()]
+
+    def _positive_factors(self) -> list[torch.Tensor]:
+        dtype = self.spec.dtype
         low = self._statistics.minimum.to(self.weight.device)
         high = self._statistics.maximum.to(self.weight.device)
         act_range = (high + self.codec.shift).clamp(min=0) if self.codec.act_unsigned else high.maximum(-low)
@@ -214,30 +219,23 @@ class _Layer:
             start = smoothing.migrated(act_range, self.weight, 0.5, 0.5, dtype)
             up, down = self.fit(self.weight * start.float(), None)
             rest = self.weight - up @ (down / start.float()[:, None]).t()
-            factors = (smoothing.descend(start, self.inputs + self.codec.shift, rest, self.codec),)
-            if self.recipe.rotate and self.spec.format == SVDQUANT_W4A4 and not self.spec.act_unsigned:
-                signs = torch.Generator().manual_seed(self._seed)
-                yield smoothing.levelled(self.inputs, rest, signs).to(dtype), True
-        for factor in factors:
-            yield self.codec.smooth_factor(factor, act_range), False
+            if self.spec.rotated:
+                factors = (smoothing.levelled(self.inputs, rest).to(dtype),)
+            else:
+                factors = (smoothing.descend(start, self.inputs + self.codec.shift, rest, self.codec),)
+        return [self.codec.smooth_factor(factor, act_range) for factor in factors]
 
 
 class _Smoothed:
-    """The layer under one smoothing factor, and rotated or not."""
+    """The layer under one smoothing factor, rotated if it is to be."""
 
-    def __init__(self, layer: _Layer, factor: torch.Tensor, rotated: bool):
-        self._layer, self._factor, self._rotated = layer, factor, rotated
+    def __init__(self, layer: _Layer, factor: torch.Tensor):
+        self._layer, self._factor = layer, factor
         self._recipe, self._codec = layer.recipe, layer.codec
-        scale, rotation = factor.float(), hadamard.matrix().to(layer.weight.device)
-        # Of the input as the branch sees it: the layer's, or the rotated one.
-        self._unsmoothed = torch.ones_like(scale) if rotated else scale
-        self._weight = layer.weight * scale
-        if rotated:
-            self._weight = hadamard.rotate(self._weight, rotation)
+        scale = factor.float()
+        self._weight = self._rotate(layer.weight * scale)
         if layer.inputs is not None:
-            self._inputs = layer.inputs / scale
-            if rotated:
-                self._inputs = hadamard.rotate(self._inputs, rotation)
+            self._inputs = self._rotate(layer.inputs / scale)
             # What the codes of the shifted input stand for; the bias takes the shift back.
             shift = self._codec.shift / scale
             self._quantized = self._codec.activations(self._inputs + shift) - shift
@@ -260,14 +258,18 @@ class _Smoothed:
         return self._round(*self._fit(self._weight - current.rounded(self._codec), self._metric))
 
     def _fit(self, matrix: torch.Tensor, metric: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branch as stored: down (K, r), which sees the unsmoothed (or the rotated) input, and up (N, r)."""
+        """The branch as stored: down (K, r), which sees the layer's own input, and up (N, r)."""
         up, down = self._layer.fit(matrix, metric)
         dtype = self._layer.spec.dtype
-        return (down / self._unsmoothed[:, None]).to(dtype), up.to(dtype)
+        return (self._rotate(down.t()) / self._factor.float()).t().to(dtype), up.to(dtype)
 
     def _rest(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
         """(N, K) what a branch leaves of the smoothed weight; its own rounding to 16 bits is made up for."""
-        return self._weight - proj_up.float() @ (proj_down.float() * self._unsmoothed[:, None]).t()
+        return self._weight - proj_up.float() @ self._rotate(proj_down.float().t() * self._factor.float())
+
+    def _rotate(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., K): rotated if the layer is; its own inverse."""
+        return hadamard.rotate(values) if self._layer.spec.rotated else values
 
     def _round(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> _Attempt:
         """Round what the branch leaves; then, if so asked, fit the branch to what the codes leave."""
@@ -287,7 +289,7 @@ class _Smoothed:
             codes = rounding.round_to_nearest(target, codec, step)
         rounded = rounding.dequantize(codes, codec, step)
         error = self._error(rest, rounded)
-        best = _Attempt(error, self._factor, proj_down, proj_up, codes, scales, self._rotated)
+        best = _Attempt(error, self._factor, proj_down, proj_up, codes, scales)
         if not self._recipe.refit:
             return best
         # Nothing makes up for the 16-bit rounding of a branch that comes last: with 8-bit codes it can lose.

@@ -84,17 +84,15 @@ def descend(factor: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, co
     return _centred(log.exp()).to(factor.dtype)
 
 
-def levelled(inputs: torch.Tensor, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def levelled(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The smoothing factor for a layer that is to be rotated, in closed form.
 
     Rotated, every channel of a group has its share of the others: of a group's expected noise only the powers of its
-    inputs and weights are left, ||x / s||^2 ||R s||^2, least where both have the same. Half of the signs are turned, or
-    a mean that channels have in common would add up in one of them.
+    inputs and weights are left, ||x / s||^2 ||R s||^2, least where both have the same.
 
     Args:
         inputs: (R, K) float32, unsmoothed.
         weight: (N, K) float32, unsmoothed, without the low-rank branch.
-        generator: on the CPU; draws the signs.
 
     Returns:
         (K,) float32.
@@ -102,8 +100,7 @@ def levelled(inputs: torch.Tensor, weight: torch.Tensor, generator: torch.Genera
     power, gain = inputs.square().mean(dim=0), weight.square().mean(dim=0)
     alive = (power > 0) & (gain > 0)
     factor = (torch.where(alive, power, 1.0) / torch.where(alive, gain, 1.0)) ** 0.25
-    signs = 2 * torch.randint(0, 2, factor.shape, generator=generator) - 1
-    return _centred(torch.where(alive, factor, 1.0)) * signs.to(factor.device)
+    return _centred(torch.where(alive, factor, 1.0))
 
 
 def _largest(squares: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,7 @@ def test_tensors_are_those_of_the_convention(quantized):
         "proj_up": ((n, 32), half),
         "bias": ((n,), half),
     }
-    assert json.loads(bytes(tensors[f"{LAYER}.comfy_quant"].tolist())) == {"format": "svdquant_w4a4"}
+    assert json.loads(bytes(tensors[f"{LAYER}.comfy_quant"].tolist())) == {"format": "svdquant_w4a4_rotated"}
     unsigned = tensors["double_blocks.0.img_mlp.2.comfy_quant"]
     assert json.loads(bytes(unsigned.tolist()))["act_unsigned"] is True
 
@@ -132,12 +132,22 @@ def test_a_broken_layer_is_named_with_its_file(quantized, tmp_path, change, why)
 
 def test_a_rotated_layer_has_a_format_of_its_own(quantized, tmp_path):
     """Who does not know of rotation must not read it as a plain one."""
-    rotated = dataclasses.replace(QuantizedCheckpoint(quantized).layers[LAYER], rotated=True)
-    assert json.loads(bytes(rotated.config.tolist())) == {"format": "svdquant_w4a4_rotated"}
+    rotated = QuantizedCheckpoint(quantized).layers[LAYER]
+    assert rotated.rotated
+    plain = dataclasses.replace(rotated, rotated=False)
+    assert json.loads(bytes(plain.config.tolist())) == {"format": "svdquant_w4a4"}
+    path = changed(quantized, tmp_path, lambda t: t.update({f"{LAYER}.comfy_quant": plain.config}))
+    layers = QuantizedCheckpoint(path).layers
+    assert layers.pop(LAYER) == plain
+    signed = [layer for layer in layers.values() if layer.format == "svdquant_w4a4" and not layer.act_unsigned]
+    assert signed and all(layer.rotated for layer in signed)
+
+
+def test_a_rotated_layer_is_signed(quantized, tmp_path):
+    rotated = dataclasses.replace(QuantizedCheckpoint(quantized).layers[LAYER], rotated=True, act_unsigned=True)
     path = changed(quantized, tmp_path, lambda t: t.update({f"{LAYER}.comfy_quant": rotated.config}))
-    checkpoint = QuantizedCheckpoint(path)
-    assert checkpoint.layers[LAYER] == rotated
-    assert sum(layer.rotated for layer in checkpoint.layers.values()) == 1
+    with pytest.raises(CheckpointError, match=f"{LAYER}.* do not go together"):
+        QuantizedCheckpoint(path)
 
 
 def test_a_16_bit_file_is_told_where_to_go(tmp_path):

@@ -128,8 +128,8 @@ def output(name, t, x, act_unsigned, rotated=False):
         return x @ weight.t() + bias
     s = t["smooth_factor"].double()
     if rotated:
-        x, s = ((x / s).unflatten(-1, (-1, 64)) @ HADAMARD).flatten(-2), 1.0
-    if act_unsigned:
+        act = rounded(((x / s).unflatten(-1, (-1, 64)) @ HADAMARD).flatten(-2), 64, torch.arange(8).double())
+    elif act_unsigned:
         act = rounded(((x + 0.171875) / s).clamp(min=0), 64, torch.arange(16).double())
     elif name == "svdquant_w8a8":
         act = rounded(x / s, x.shape[1], torch.arange(128).double())
@@ -151,8 +151,9 @@ def test_each_formula_is_what_a_layer_computes(tmp_path, precision, rotated):
         if "smooth_factor" in tensors:  # the recipe left it at one
             random = torch.rand(spec.in_features, generator=torch.Generator().manual_seed(2))
             tensors["smooth_factor"] = (random + 0.5).to(spec.dtype)
-        if rotated and spec.format == "svdquant_w4a4" and not spec.act_unsigned:
-            spec = dataclasses.replace(spec, rotated=True)
+        if spec.format == "svdquant_w4a4" and not spec.act_unsigned:
+            assert spec.rotated
+            spec = dataclasses.replace(spec, rotated=rotated)
         x = small_flux.inputs(name, rows=32)
         computed = SVDQLinear(spec, tensors)(x).double()
         written = output(spec.format, tensors, x.double(), spec.act_unsigned, spec.rotated)

@@ -69,7 +69,7 @@ def test_an_adapter_s_rank_is_padded_for_the_kernels(rank):
 
 
 def make_rotated_layer(n=96, k=192):
-    """By hand: the tensors of a plain layer, said to be of the rotated input; some smoothing factors are negative."""
+    """By hand: the tensors of a plain layer, said to be rotated; some smoothing factors are negative."""
     plain = make_layer(n, k)
     tensors = dict(plain.state_dict())
     random = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def make_rotated_layer(n=96, k=192):
 
 
 def rotated_input(layer, x):
-    """(M, K) float64: what the layer's tensors multiply."""
+    """(M, K) float64: what the layer quantizes."""
     groups = (x.double() / layer.smooth_factor.double()).unflatten(-1, (-1, 64))
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(6):
@@ -87,16 +87,17 @@ def rotated_input(layer, x):
     return (groups @ hadamard / 8).flatten(-2)
 
 
-def test_a_rotated_layer_multiplies_the_rotated_input():
+def test_a_rotated_layer_quantizes_the_rotated_input():
     layer, x = make_rotated_layer(), torch.randn(7, 192)
     inside = rotated_input(layer, x)
     codes, scale = int4.quantize_groups(inside.float())
     weight = int4.dequantize(int4.unpack(layer.weight), layer.weight_scale.t()).double()
     expected = int4.dequantize(codes, scale).double() @ weight.t() + layer.bias.double()
-    expected += inside @ layer.proj_down.double() @ layer.proj_up.double().t()
+    low_rank = layer.proj_up.double() @ layer.proj_down.double().t()
+    expected += x.double() @ low_rank.t()
     assert torch.linalg.norm(layer(x).double() - expected) < 5e-3 * torch.linalg.norm(expected)
     # And stands for a weight of the input itself.
-    exact = inside @ (weight + layer.proj_up.double() @ layer.proj_down.double().t()).t()
+    exact = inside @ weight.t() + x.double() @ low_rank.t()
     torch.testing.assert_close(x.double() @ layer.dequantized_weight().double().t(), exact, rtol=1e-4, atol=1e-3)
 
 

@@ -85,6 +85,10 @@ def test_operators_satisfy_torch(act_unsigned):
     quantized = quantize_act_int4(*arguments)
     tail = (case["weight"], case["weight_scale"], case["proj_up"], case["bias"], act_unsigned)
     torch.library.opcheck(torch.ops.svdq.linear_int4, (*quantized, *tail))
+    layer = (*arguments[:3], *tail)
+    for act_rotated in (False, True)[: 1 if act_unsigned else 2]:
+        torch.library.opcheck(torch.ops.svdq.quantize_act_int4, (*arguments, act_rotated))
+        torch.library.opcheck(torch.ops.svdq.linear_w4a4, (*layer, act_rotated))
 
 
 def test_a_compiled_layer_is_one_graph_with_the_same_result():

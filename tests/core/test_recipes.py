@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.layers import SVDQLinear
-from svdq_core.numerics import int4
+from svdq_core.numerics import hadamard, int4
 from svdq_core.quantizer import rounding, smoothing
 from svdq_core.quantizer.codecs import codec_of
 from svdq_core.quantizer.lowrank import truncated_svd
@@ -78,23 +78,31 @@ def test_recipes_beat_the_paper_s(unsigned):
     assert balanced > 1.0 and best > balanced
 
 
-def test_rotation_pays_where_inputs_are_signed():
-    best, plain = RECIPES["best"], dataclasses.replace(RECIPES["best"], rotate=False)
-    assert Layer(1).quantize(best).spec.rotated
-    assert gain_db(best, plain) > 0.3
+@pytest.mark.parametrize(("name", "pays"), [("fast", 1.0), ("balanced", 0.3), ("best", 0.3)])
+def test_rotation_pays_where_inputs_are_signed(name, pays):
+    rotating, plain = RECIPES[name], dataclasses.replace(RECIPES[name], rotate=False)
+    assert Layer(1).quantize(rotating).spec.rotated
+    assert gain_db(rotating, plain) > pays
+
+
+def test_a_mean_that_channels_have_in_common_does_not_add_up():
+    """Half of the signs are turned before the rotation, whose first column is a plain sum."""
+    factor = Layer(1).quantize(RECIPES["fast"]).tensors["smooth_factor"]
+    assert 0.3 < (factor < 0).float().mean() < 0.7
+    rotated = hadamard.smooth_and_rotate(torch.ones(1, K), factor.float()).unflatten(-1, (-1, 64))
+    assert rotated.abs().amax() < 0.6 * 64**0.5
 
 
 def test_nothing_else_is_rotated():
     assert not Layer(1, unsigned=True).quantize(RECIPES["best"]).spec.rotated
-    assert not Layer(1).quantize(RECIPES["balanced"]).spec.rotated
     for form in FORMATS[1:]:
         assert not Layer(1, form).quantize(RECIPES["best"]).spec.rotated
 
 
 def test_levelled_groups_have_the_least_expected_noise():
-    """No other factor brings the product of the two powers of a group further down, whatever its signs."""
+    """No other factor brings the product of the two powers of a group further down."""
     layer = Layer(2)
-    factor = smoothing.levelled(layer.inputs, layer.weight, torch.Generator().manual_seed(0))
+    factor = smoothing.levelled(layer.inputs, layer.weight)
     power, gain = layer.inputs.square().mean(dim=0), layer.weight.square().mean(dim=0)
 
     def noise(factor):
@@ -102,7 +110,6 @@ def test_levelled_groups_have_the_least_expected_noise():
         return (inputs * weights).sum()
 
     least = noise(factor)
-    assert 0.3 < (factor < 0).float().mean() < 0.7
     for _ in range(20):
         assert noise(factor * torch.randn(K).mul(0.1).exp()) > least
 
@@ -114,7 +121,7 @@ def test_every_step_pays_in_every_format(form):
         assert gain_db(balanced, dataclasses.replace(balanced, **step), form, seeds=(1,)) > 0.2, step
     assert gain_db(balanced, PAPER, form, seeds=(1,)) > 0.5
     # These two are of no use to 8 bits, and then take no part.
-    least = -1e-3 if form == "svdquant_w8a8" else 0.05
+    least = -1e-3 if form == "svdquant_w8a8" else 0.02
     for step in ({"refit": False}, {"clip": False}):
         assert gain_db(balanced, dataclasses.replace(balanced, **step), form, seeds=(1,)) > least, step
     assert gain_db(RECIPES["fast"], Recipe(), form, seeds=(1,)) > least

@@ -17,9 +17,9 @@ from svdq_core.kernels import ahead, library, plan
 def test_any_longer_rank_finds_its_quantizer_compiled(capability: int, rank: int) -> None:
     builds = ahead.adapter_builds(capability, 100, True, LAYOUTS)
     card, shape, hopper = (capability, 132), (77, 12288, rank, True), capability == plan.HOPPER
-    for unsigned in (False, True):
+    for unsigned, prologue in ((False, plan.PLAIN), (True, plan.PLAIN), (False, plan.ROTATE)):
         for output in (plan.IMAGE, plan.BYTES) if hopper else (plan.NIBBLES,):
-            assert plan.quantize_launch(*card, *shape, unsigned, output=output).build in builds
+            assert plan.quantize_launch(*card, *shape, unsigned, prologue, output).build in builds
     for output in (plan.WIDE if hopper else plan.CODES, plan.ABSMAX):
         assert plan.nvfp4_quantize_launch(*card, *shape, output).build in builds
 

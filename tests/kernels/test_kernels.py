@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     """No toolkit header is passed, so none is needed; no register lives in local memory."""
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
-    builds.append(plan.gemv_awq_build(capability, bf16))
+    builds += [replace(quantizer(capability), prologue=plan.ROTATE), plan.gemv_awq_build(capability, bf16)]
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     for build in builds:
         if plan.runs_on(build, capability):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svdq_core.kernels import launch, plan
-from svdq_core.numerics import int4
+from svdq_core.numerics import hadamard, int4
 from svdq_core.ops import fused
 from svdq_core.ops.cuda import register
 from svdq_core.ops.int4 import linear_int4, quantize_act_int4
@@ -156,6 +156,47 @@ def check_quantized(x, smooth, proj_down, unsigned, qact, act_scale, down, down_
     assert (codes - ideal).abs().max() <= 0.5 + 1e-4
     if proj_down.shape[1]:
         assert error(down, x.double() @ proj_down.double()) < down_tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "rank"), [(1, 128, 32), (7, 128, 0), (77, 3072, 32), (33, 320, 5), (4608, 3072, 32), (100, 12288, 128)]
+)
+def test_quantize_rotated(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    x = random(m, k, scale=3, dtype=dtype)
+    x[:, 64:128] = 0
+    smooth = ((torch.rand(k, device="cuda") + 0.5) * torch.randn(k, device="cuda").sign()).to(dtype)
+    proj_down = random(k, rank, scale=k**-0.5, dtype=dtype)
+    qact, act_scale, down = quantize_act_int4(x, smooth, proj_down, False, True)
+    # The quotient in 16 bits may differ in its last place, so codes may at ties, and scales by that much.
+    smoothed = (x.double() / smooth.double()).to(dtype).double().unflatten(1, (-1, 64))
+    rotated = smoothed @ hadamard.matrix(torch.float64).cuda()
+    last_place = torch.finfo(dtype).eps * smoothed.abs().amax(-1, keepdim=True)
+    largest = rotated.abs().amax(-1, keepdim=True)
+    step = act_scale.t().double()[..., None]
+    assert ((step * 7 - largest).abs() <= last_place + 1e-6 * largest).all()
+    codes = int4.unpack(qact).double().unflatten(1, (-1, 64))
+    assert ((codes * step - rotated).abs() <= 0.5001 * step + last_place).all()
+    assert (codes[:, 1] == 0).all() and (step[:, 1] == 0).all()
+    if rank:
+        assert error(down, x.double() @ proj_down.double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_finite_makes_nan_rotated(dtype: torch.dtype) -> None:
+    """Quotients beyond the type's range are cut off, in rows that have them."""
+    x = random(96, 256, dtype=dtype)
+    plain = quantize_act_int4(x, torch.full_like(x[0], 1e-3), random(256, 32, dtype=dtype), False, True)
+    x[16:32, 5] = torch.finfo(dtype).max
+    x[32:48] = torch.finfo(dtype).max
+    x[48:64, ::2] = -torch.finfo(dtype).max
+    smooth, proj_down = torch.full_like(x[0], 1e-3), random(256, 32, dtype=dtype)
+    qact, act_scale, down = quantize_act_int4(x, smooth, proj_down, False, True)
+    assert torch.isfinite(act_scale).all() and torch.isfinite(down).all()
+    assert torch.equal(qact[64:], plain[0][64:]) and torch.equal(act_scale[:, 64:], plain[1][:, 64:])
+    found = int4.dequantize(int4.unpack(qact), act_scale.t())[16:32, :64]
+    assert torch.equal(found.abs() > 0, torch.ones_like(found, dtype=torch.bool)), "one outlier is everybody's"
+    assert (act_scale[:, 32:64].amax(0) > torch.finfo(dtype).max / 8).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
