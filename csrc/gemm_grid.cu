@@ -77,6 +77,7 @@ struct Arguments {
     const u16* bias;          // (N,) or null
     int m, n, stages, rank, padded_m;
     int segment;  // stages over which |run| stays below 2^22
+    int whole;    // tiles that are not halved
 };
 
 struct Shared {
@@ -101,22 +102,18 @@ struct Shared {
 
 // The tiles of a cluster: a tile of columns, and two of rows.
 struct Tiles {
-    int pairs, all;
+    int pairs;
+    Turns turns;
 
     SVDQ_DEVICE explicit Tiles(const Arguments& p)
         : pairs((p.m + kBlocks * kRows - 1) / (kBlocks * kRows)),
-          all(pairs * ((p.n + kColumns - 1) / kColumns)) {}
-    SVDQ_DEVICE static int first() {
-        return blockIdx.x / kBlocks;
+          turns(pairs * ((p.n + kColumns - 1) / kColumns), p.whole) {}
+    SVDQ_DEVICE int row(int turn) const {
+        const int pair = turns.tile(turn) % pairs;
+        return (pair * kBlocks + blockIdx.x % kBlocks) * kRows + turns.skipped(turn);
     }
-    SVDQ_DEVICE static int step() {
-        return gridDim.x / kBlocks;
-    }
-    SVDQ_DEVICE int row(int tile) const {
-        return (tile % pairs * kBlocks + blockIdx.x % kBlocks) * kRows;
-    }
-    SVDQ_DEVICE int column(int tile) const {
-        return tile / pairs * kColumns;
+    SVDQ_DEVICE int column(int turn) const {
+        return turns.tile(turn) / pairs * kColumns;
     }
 };
 
@@ -125,8 +122,8 @@ SVDQ_DEVICE void produce(const Arguments& p, const Shared& shared, const Tiles& 
     Ring<kStages> ring;
     const u32 rank = blockIdx.x % kBlocks;
     const int rank_stages = (p.rank + 63) / 64;
-    for (int tile = tiles.first(); tile < tiles.all; tile += tiles.step()) {
-        const int row = tiles.row(tile), column = tiles.column(tile) + rank * kShare;
+    for (int turn = blockIdx.x / kBlocks; turn < tiles.turns.all; turn += gridDim.x / kBlocks) {
+        const int row = tiles.row(turn), column = tiles.column(turn) + rank * kShare;
         for (int s = 0; s < p.stages + rank_stages; ++s) {
             const u32 act = shared.stage(ring.slot), weight = act + kBytesAct;
             const u32 mine = weight + rank * kShare * 128, full = shared.full(ring.slot);
@@ -171,6 +168,14 @@ struct Consumer {
     // Both blocks of the cluster write to the slot next.
     SVDQ_DEVICE void leave_slot() const {
         if (lane < kBlocks) barrier_arrive_at(shared.empty(ring.slot), lane);
+    }
+
+    // Lets a turn go by that is the other consumer's alone.
+    SVDQ_DEVICE void pass() {
+        for (int s = p.stages + (p.rank + 63) / 64; s > 0; --s, ring.advance()) {
+            take_slot();
+            leave_slot();
+        }
     }
 
     // What the epilogue needs of a tile's columns, to shared memory: unit and bias.
@@ -386,8 +391,12 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     } else {
         registers_increase<240>();
         Consumer consumer(p, shared);
-        for (int tile = tiles.first(); tile < tiles.all; tile += tiles.step()) {
-            const int row = tiles.row(tile) + consumer.index * 64, column = tiles.column(tile);
+        for (int turn = blockIdx.x / kBlocks; turn < tiles.turns.all; turn += gridDim.x / kBlocks) {
+            if (tiles.turns.half(turn) && consumer.index == 1) {
+                consumer.pass();
+                continue;
+            }
+            const int row = tiles.row(turn) + consumer.index * 64, column = tiles.column(turn);
             Consumer::Half half[2];
             float after[2] = {1.f, 1.f};
             consumer.fetch_columns(column);

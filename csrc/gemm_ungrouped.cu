@@ -68,6 +68,7 @@ struct Arguments {
     const u16* proj_up;         // (N, rank)
     const u16* bias;            // (N,) or null
     int m, n, stages, rank;     // an even number of stages for nvfp4
+    int whole;                  // tiles that are not halved
 };
 
 struct Shared {
@@ -89,22 +90,18 @@ struct Shared {
 
 // The tiles of a cluster: a tile of tokens, and two of the weight's rows.
 struct Tiles {
-    int tokens, all;
+    int tokens;
+    Turns turns;
 
     SVDQ_DEVICE explicit Tiles(const Arguments& p)
         : tokens((p.m + kTokens - 1) / kTokens),
-          all(tokens * ((p.n + kBlocks * kRows - 1) / (kBlocks * kRows))) {}
-    SVDQ_DEVICE static int first() {
-        return blockIdx.x / kBlocks;
+          turns(tokens * ((p.n + kBlocks * kRows - 1) / (kBlocks * kRows)), p.whole) {}
+    SVDQ_DEVICE int token(int turn) const {
+        return turns.tile(turn) % tokens * kTokens;
     }
-    SVDQ_DEVICE static int step() {
-        return gridDim.x / kBlocks;
-    }
-    SVDQ_DEVICE int token(int tile) const {
-        return tile % tokens * kTokens;
-    }
-    SVDQ_DEVICE int row(int tile) const {
-        return (tile / tokens * kBlocks + blockIdx.x % kBlocks) * kRows;
+    SVDQ_DEVICE int row(int turn) const {
+        const int pair = turns.tile(turn) / tokens;
+        return (pair * kBlocks + blockIdx.x % kBlocks) * kRows + turns.skipped(turn);
     }
 };
 
@@ -113,8 +110,8 @@ SVDQ_DEVICE void produce(const Arguments& p, const Shared& shared, const Tiles& 
     Ring<kStages> ring;
     const u32 rank = blockIdx.x % kBlocks;
     const int rank_stages = (p.rank + 63) / 64;
-    for (int tile = tiles.first(); tile < tiles.all; tile += tiles.step()) {
-        const int row = tiles.row(tile), token = tiles.token(tile) + rank * kShare;
+    for (int turn = blockIdx.x / kBlocks; turn < tiles.turns.all; turn += gridDim.x / kBlocks) {
+        const int row = tiles.row(turn), token = tiles.token(turn) + rank * kShare;
         for (int s = 0; s < p.stages + rank_stages; ++s) {
             const u32 tokens = shared.stage(ring.slot), mine = tokens + rank * kShare * 128;
             const u32 weight = tokens + kBytesTokens, full = shared.full(ring.slot);
@@ -173,6 +170,14 @@ struct Consumer {
     // Both blocks of the cluster write to the slot next.
     SVDQ_DEVICE void leave_slot(u32 slot) const {
         if (lane < kBlocks) barrier_arrive_at(shared.empty(slot), lane);
+    }
+
+    // Lets a turn go by that is the other consumer's alone.
+    SVDQ_DEVICE void pass() {
+        for (int s = p.stages + (p.rank + 63) / 64; s > 0; --s, ring.advance()) {
+            take_slot();
+            leave_slot(ring.slot);
+        }
     }
 
     // This thread's share of a stage's weight: rows and their scales to four products' operands.
@@ -388,8 +393,12 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     } else {
         registers_increase<232>();
         Consumer consumer(p, shared);
-        for (int tile = tiles.first(); tile < tiles.all; tile += tiles.step()) {
-            const int row = tiles.row(tile), token = tiles.token(tile);
+        for (int turn = blockIdx.x / kBlocks; turn < tiles.turns.all; turn += gridDim.x / kBlocks) {
+            if (tiles.turns.half(turn) && consumer.index == 1) {
+                consumer.pass();
+                continue;
+            }
+            const int row = tiles.row(turn), token = tiles.token(turn);
             const Consumer::Factors factors(p, row + consumer.row, token);
             Sum sum[kSums];
             float result[kSums];

@@ -64,6 +64,27 @@ struct Ring {
     }
 };
 
+// How the clusters of a launch take tiles in turn, of two consumers' rows each. Those that a last
+// round would leave most clusters without can be dealt out as halves, of one consumer's rows:
+//
+//     turn     0 ..   whole   + 1   + 2   + 3
+//     tile     0 ..   whole       | whole + 1       the upper half of a tile, then the lower one
+struct Turns {
+    int whole, all;
+
+    SVDQ_DEVICE Turns(int tiles, int whole) : whole(whole), all(2 * tiles - whole) {}
+    SVDQ_DEVICE bool half(int turn) const {
+        return turn >= whole;
+    }
+    SVDQ_DEVICE int tile(int turn) const {
+        return half(turn) ? whole + (turn - whole) / 2 : turn;
+    }
+    // Rows of the tile that come before those of this turn.
+    SVDQ_DEVICE int skipped(int turn) const {
+        return half(turn) ? (turn - whole) % 2 * 64 : 0;
+    }
+};
+
 // ---- tensors, described by the host (cuTensorMapEncodeTiled) ------------------------------------
 
 struct alignas(64) TensorMap {

@@ -13,7 +13,7 @@ from . import plan
 from .driver import tensor_map
 from .launch import Kernel, QuantizerOutputs, card, kernel_of, launch_quantizer, on, pad_rank
 
-_ARGUMENTS = struct.Struct("128s128s128s128s128s128s3P6i16x")  # aligned to 64 bytes
+_ARGUMENTS = struct.Struct("128s128s128s128s128s128s3P7i12x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _BOX = 128  # bytes of a row in a stage
 _RANKS = 64  # of `down` in a stage
@@ -102,7 +102,7 @@ def multiply(
     proj_up = pad_rank(proj_up)
     rank, index = proj_up.shape[1], codes.device.index
     with on(index):
-        build, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16)
+        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16)
         share = build.columns // build.cluster
         ranks = (
             (
@@ -129,13 +129,16 @@ def multiply(
                 rank,
                 quantized.padded_rows,
                 (_LARGEST_SUM - 1) // (_BOX * act_limit * _LARGEST_WEIGHT),
+                whole,
             ),
         )
     return out
 
 
 @lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.GridGemmBuild, Kernel]:
+def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.GridGemmBuild, int, Kernel]:
+    """The build, how many tiles are not halved, and the kernel."""
     multiprocessors = card(index)[1]
     build = plan.grid_build(multiprocessors, m, n, bf16)
-    return build, kernel_of(index, build, build.grid(m, n, multiprocessors), build.shared_bytes())
+    turns = build.turns(m, n, multiprocessors)
+    return build, turns.whole, kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())

@@ -187,6 +187,31 @@ class HopperGemmBuild:
         return {"SVDQ_BF16": int(self.bf16)}
 
 
+class Turns(NamedTuple):
+    """How clusters of blocks take an output's tiles in turn (``csrc/hopper.cuh``).
+
+    Attributes:
+        whole: tiles that one cluster takes; each further one is two clusters', a half each.
+        rounds: the time that it takes, in tiles.
+    """
+
+    clusters: int
+    whole: int
+    rounds: float
+
+
+def _turns(tiles: int, clusters: int, half: float) -> Turns:
+    """Tiles left for a last round are halved where there are clusters for all of the halves.
+
+    Args:
+        half: the time of half a tile, in tiles: all columns are loaded for it, and it has an end.
+    """
+    full, rest = divmod(tiles, clusters)
+    if half < 1 and rest and 2 * rest <= clusters:
+        return Turns(clusters if full else 2 * rest, full * clusters, full + half)
+    return Turns(min(clusters, tiles), tiles, _ceil(tiles, clusters))
+
+
 @dataclass(frozen=True)
 class UngroupedGemmBuild:
     """One build of ``csrc/gemm_ungrouped.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
@@ -214,10 +239,10 @@ class UngroupedGemmBuild:
         """Dynamic shared memory: the stages, outputs on their way out, barriers."""
         return self.stages * self._stage_bytes + self._OUTPUTS
 
-    def grid(self, m: int, n: int, multiprocessors: int) -> tuple[int, int, int]:
-        """Blocks, in clusters, each of which runs over many tiles."""
-        clusters = _ceil(m, self.tokens) * _ceil(n, self.rows * self.cluster)
-        return min(multiprocessors // self.cluster, clusters) * self.cluster, 1, 1
+    def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
+        """How a launch's clusters take the tiles of an (m, n) output."""
+        tiles = _ceil(m, self.tokens) * _ceil(n, self.rows * self.cluster)
+        return _turns(tiles, multiprocessors // self.cluster, half=0.9)
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
@@ -238,9 +263,8 @@ def ungrouped_build(multiprocessors: int, m: int, n: int, bf16: bool, nvfp4: boo
     """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
 
     def time(build: UngroupedGemmBuild) -> float:
-        clusters = _ceil(m, build.tokens) * _ceil(n, build.rows * build.cluster)
         # A tile of few tokens reads more for a product, and each has its end, worth about 16 tokens.
-        return _ceil(clusters, multiprocessors // build.cluster) * (build.tokens + 16)
+        return build.turns(m, n, multiprocessors).rounds * (build.tokens + 16)
 
     return min((UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS), key=time)
 
@@ -280,10 +304,11 @@ class GridGemmBuild:
         """Dynamic shared memory: the stages with their barriers, and what a tile's end needs."""
         return self.stages * self._stage_bytes + self._ends
 
-    def grid(self, m: int, n: int, multiprocessors: int) -> tuple[int, int, int]:
-        """Blocks, in clusters, each of which runs over many tiles."""
-        clusters = _ceil(m, self.rows * self.cluster) * _ceil(n, self.columns)
-        return min(multiprocessors // self.cluster, clusters) * self.cluster, 1, 1
+    def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
+        """How a launch's clusters take the tiles of an (m, n) output."""
+        tiles, clusters = _ceil(m, self.rows * self.cluster) * _ceil(n, self.columns), multiprocessors // self.cluster
+        # Of few tiles the weight's loads take most of the time, and halves would load it twice.
+        return _turns(tiles, clusters, half=0.62 if tiles > clusters else 1)
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
@@ -299,9 +324,8 @@ def grid_build(multiprocessors: int, m: int, n: int, bf16: bool) -> GridGemmBuil
     """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
 
     def time(build: GridGemmBuild) -> float:
-        clusters = _ceil(m, build.rows * build.cluster) * _ceil(n, build.columns)
         # A narrow tile reads more for a product, and each has its end: together worth about 64 columns.
-        return _ceil(clusters, multiprocessors // build.cluster) * (build.columns + 64)
+        return build.turns(m, n, multiprocessors).rounds * (build.columns + 64)
 
     return min((GridGemmBuild(bf16, half) for half in GRID_HALVES), key=time)
 

@@ -15,7 +15,7 @@ from . import plan
 from .driver import tensor_map
 from .launch import Kernel, card, kernel_of, on, pad_rank
 
-_ARGUMENTS = struct.Struct("128s128s128s128s128s7P4i56x")  # aligned to 64 bytes
+_ARGUMENTS = struct.Struct("128s128s128s128s128s7P5i52x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _BOX = 128  # bytes of a row in a stage
 
@@ -99,7 +99,7 @@ def _multiply(m, n, stages, maps, scales, down, proj_up, bias, nvfp4) -> torch.T
     proj_up = pad_rank(proj_up)
     rank, index = proj_up.shape[1], proj_up.device.index
     with on(index):
-        build, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16, nvfp4)
+        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16, nvfp4)
         box = build.tokens // build.cluster
         down_map = tensor_map(down.data_ptr(), m, 2 * down.shape[1], box, _BOX, True) if rank else _NO_MAP
         kernel.launch(
@@ -115,16 +115,19 @@ def _multiply(m, n, stages, maps, scales, down, proj_up, bias, nvfp4) -> torch.T
                 n,
                 stages + stages % 2,
                 rank,
+                whole,
             ),
         )
     return out
 
 
 @lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, n: int, bf16: bool, nvfp4: bool) -> tuple[plan.UngroupedGemmBuild, Kernel]:
+def _kernel(index: int, m: int, n: int, bf16: bool, nvfp4: bool) -> tuple[plan.UngroupedGemmBuild, int, Kernel]:
+    """The build, how many tiles are not halved, and the kernel."""
     multiprocessors = card(index)[1]
     build = plan.ungrouped_build(multiprocessors, m, n, bf16, nvfp4)
-    return build, kernel_of(index, build, build.grid(m, n, multiprocessors), build.shared_bytes())
+    turns = build.turns(m, n, multiprocessors)
+    return build, turns.whole, kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

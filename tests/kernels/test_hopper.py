@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -53,14 +54,39 @@ def test_a_grid_s_loop_scales_with_one_instruction(bf16: bool, half: int, tmp_pa
     assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 4
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 114, 16])
+def test_tiles_are_all_taken(multiprocessors: int) -> None:
+    for m, n in itertools.product((1, 77, 512, 2048, 4608), (8, 3072, 9216, 21504)):
+        grid_build = plan.grid_build(multiprocessors, m, n, True)
+        ungrouped_build = plan.ungrouped_build(multiprocessors, m, n, True, False)
+        for build, tiles in (
+            (grid_build, -(-m // 256) * -(-n // grid_build.columns)),
+            (ungrouped_build, -(-m // ungrouped_build.tokens) * -(-n // 256)),
+        ):
+            assert build in plan.all_builds(plan.HOPPER)
+            clusters, whole, rounds = build.turns(m, n, multiprocessors)
+            assert 0 < clusters * build.cluster <= multiprocessors
+            halves = 2 * (tiles - whole)
+            assert whole + halves >= clusters, "nobody is idle"
+            if halves:
+                assert whole % clusters == 0 and halves <= clusters, "halves are one round"
+            assert tiles / clusters / 2 <= rounds <= -(-tiles // clusters)
+
+
+def test_a_last_round_is_halved_where_most_would_be_idle() -> None:
+    def turns(m: int, n: int) -> plan.Turns:
+        return plan.GridGemmBuild(True, 96).turns(m, n, 132)
+
+    assert turns(4608, 3072)[:2] == (66, 4 * 66)  # of 288
+    assert turns(512, 9216)[:2] == (66, 66)  # of 96
+    assert turns(512, 3072)[:2] == (32, 32)  # one round anyway
+    assert plan.UngroupedGemmBuild(True, False, 128).turns(77, 3072, 132)[:2] == (24, 0)  # of 12
+    assert turns(4608, 21504)[:2] == (66, 2016)  # 30.5 rounds: no room for so many halves
+
+
 def test_a_grid_s_tiles_are_wide_where_there_are_many() -> None:
-    for m, n in ((1, 8), (512, 9216), (4608, 3072), (4608, 21504)):
-        build = plan.grid_build(132, m, n, True)
-        assert build in plan.all_builds(plan.HOPPER)
-        blocks = build.grid(m, n, 132)[0]
-        assert blocks % build.cluster == 0 and 0 < blocks <= 132
     assert plan.grid_build(132, 4608, 3072, True).columns == 192
-    assert plan.grid_build(132, 512, 9216, True).columns == 96
+    assert plan.grid_build(132, 77, 3072, True).columns == 96
 
 
 @pytest.mark.parametrize("output", [plan.IMAGE, plan.BYTES])
