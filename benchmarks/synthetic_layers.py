@@ -29,6 +29,7 @@ import torch
 from benchmarks.methods import METHODS, PAPER, RANK, Method
 from svdq_core.formats.comfy_quant import K_MULTIPLE, NF4_W4A16, SVDQUANT_W4A4, LayerSpec
 from svdq_core.layers import SVDQLinear
+from svdq_core.numerics import hadamard
 from svdq_core.quantizer.codecs import codec_of
 from svdq_core.quantizer.recipes import quantize_layer
 from svdq_core.quantizer.statistics import LayerStatistics
@@ -126,11 +127,12 @@ def exact_weights(layer: SyntheticLayer, statistics: LayerStatistics) -> Linear:
     parts = {name: tensor.float() for name, tensor in quantized.tensors.items() if name != "weight"}
     codec, smooth = codec_of(quantized.spec), parts["smooth_factor"]
     branch = parts["proj_up"] @ parts["proj_down"].t()
-    rest = (layer.weight.float() - branch) * smooth
+    rotate = hadamard.rotate if quantized.spec.rotated else torch.Tensor.contiguous
+    rest = rotate((layer.weight.float() - branch) * smooth)
     shifted = layer.bias.float() - rest @ (codec.shift / smooth)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
-        rounded = codec.activations((x + codec.shift) / smooth)
+        rounded = codec.activations(rotate((x + codec.shift) / smooth))
         return rounded @ rest.t() + x @ branch.t() + shifted
 
     return linear

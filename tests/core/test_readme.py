@@ -118,10 +118,9 @@ def test_int4_speed():
 def test_quantizing_at_full_size():
     models = RESULTS["full_size_h200"]["models"]
     measured = [
-        [name, f"`{recipe}`", f"{run['seconds']:.1f}", f"{run['peak_gpu_gb']:.1f}", f"{run['peak_host_gb']:.1f}"]
+        [name, f"`{case[1]}`", f"`{case[0]}`", *(f"{run[k]:.1f}" for k in ("seconds", "peak_gpu_gb", "peak_host_gb"))]
         for name, key in (("FLUX.1-dev", "flux1-dev"), ("SDXL", "sdxl"))
-        for recipe in ("fast", "balanced")
-        for run in (models[key][f"{recipe}, int4, rank 32"],)
+        for case, run in ((name.split(", "), run) for name, run in models[key].items())
     ]
     assert table("On the command line", "model") == measured
 
