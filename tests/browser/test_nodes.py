@@ -66,7 +66,17 @@ def test_the_loaders_badge(canvas, site):
     canvas.add("SVDQuantModelLoader")
     canvas.set("SVDQuantModelLoader", "model_name", "browser/good.safetensors")
     badge = canvas.wait_for_text(PANEL, "svdquant_w4a4")
-    for fact in ("flux", "20 layers", "rank 32", "fast", "needs about", "free", "kernels:", "Slow here"):
+    for fact in (
+        "flux",
+        "svdquant_w4a4 (2 layers)",
+        "svdquant_w4a4_rotated (18 layers)",
+        "rank 32",
+        "fast",
+        "needs about",
+        "free",
+        "kernels:",
+        "Slow here",
+    ):
         assert fact in badge
     canvas.set("SVDQuantModelLoader", "model_name", "browser/full.safetensors")
     assert "rank" not in canvas.wait_for_text(PANEL, "Load Diffusion Model")

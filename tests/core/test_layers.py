@@ -8,7 +8,7 @@ import torch
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.layers import Adapter, SVDQLinear
 from svdq_core.numerics import int4
-from svdq_core.quantizer.recipes import RECIPES, quantize_layer
+from svdq_core.quantizer.recipes import Recipe, quantize_layer
 
 
 def make_layer(n=96, k=128, unsigned=False, bias=True):
@@ -16,7 +16,7 @@ def make_layer(n=96, k=128, unsigned=False, bias=True):
     spec = LayerSpec("layer", "svdquant_w4a4", n, k, 16, bias or unsigned, torch.bfloat16, unsigned)
     weight = torch.randn((n, k), generator=random)
     bias_values = torch.randn(n, generator=random) if bias else None
-    quantized = quantize_layer(spec, weight, bias_values, None, RECIPES["fast"])
+    quantized = quantize_layer(spec, weight, bias_values, None, Recipe(refit=True))
     return SVDQLinear(spec, quantized.tensors)
 
 

@@ -19,12 +19,12 @@ def test_a_layer_on_the_gpu_matches_the_reference(name, dtype, adapted):
     full = small_flux.state_dict(dtype)
     spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, dtype, name.endswith("mlp.2"))
     quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
-    layer = SVDQLinear(spec, quantized.tensors)
+    layer = SVDQLinear(quantized.spec, quantized.tensors)
     if adapted:
         random = torch.Generator().manual_seed(1)
         layer.set_adapter("lora", Adapter(torch.randn((k, 5), generator=random), torch.randn((n, 5), generator=random)))
     x = small_flux.inputs(name, rows=77).to(dtype)
-    expected = layer(x.float())
+    expected = layer(x).float()
     found = layer.cuda()(x.cuda()).cpu().float()
     # Codes at a tie may fall either way; everything else is rounding to 16 bits.
     assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
@@ -36,7 +36,7 @@ def test_a_layer_that_leaves_the_gpu_takes_all_its_memory_along():
     full = small_flux.state_dict(torch.bfloat16)
     spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, torch.bfloat16)
     quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
-    layer, x = SVDQLinear(spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16().cuda()
+    layer, x = SVDQLinear(quantized.spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16().cuda()
     layer.cuda()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
