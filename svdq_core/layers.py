@@ -168,7 +168,8 @@ class SVDQLinear(torch.nn.Module):
         Those of the file by their names there, and ``delta``. ``proj_down`` and ``proj_up`` hold the adapters' rank
         too, and are None in a weight-only layer without adapters; ``bias`` and ``delta`` are None if there is none.
         """
-        tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | dict(self.named_parameters(recurse=False))
+        # From the module's own dictionary: going through all parameters properly takes longer than a launch.
+        tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | self._parameters
         if self.adapted_down is not None:
             tensors |= {"proj_down": self.adapted_down, "proj_up": self.adapted_up}
         return tensors | {"delta": self.delta}
@@ -227,7 +228,9 @@ class SVDQLinear(torch.nn.Module):
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
         cast = {
-            name: tensor if tensor is None or self.spec.keeps_dtype(name) else tensor.to(x.dtype)
+            name: tensor
+            if tensor is None or tensor.dtype == x.dtype or self.spec.keeps_dtype(name)
+            else tensor.to(x.dtype)
             for name, tensor in tensors.items()
         }
         rows = x.reshape(-1, self.in_features).contiguous()

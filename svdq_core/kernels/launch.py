@@ -75,9 +75,12 @@ def _quantize_kernel(
     return kernel._replace(threads=launch.warps * 32), launch
 
 
+_NOTHING = nullcontext()
+
+
 def on(index: int):
     """Makes a device current; costs nothing where there is one only."""
-    return nullcontext() if _device_count() == 1 else torch.cuda.device(index)
+    return _NOTHING if _device_count() == 1 else torch.cuda.device(index)
 
 
 def expect(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple, dtype: torch.dtype):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,14 @@ class _Operator(NamedTuple):
     def __call__(self, *operands):
         if not _runs(operands[0].device.index, operands[self.decides].dtype):
             return self.reference(*operands)
-        from ..kernels import launch
+        return self.kernel(_launch(), *operands)
 
-        return self.kernel(launch, *operands)
+
+@lru_cache(maxsize=1)
+def _launch() -> ModuleType:
+    from ..kernels import launch
+
+    return launch
 
 
 def _quantize_act(launch, x: torch.Tensor, smooth_factor, proj_down, act_unsigned, act_rotated=False):
@@ -40,13 +46,27 @@ def _quantize_act(launch, x: torch.Tensor, smooth_factor, proj_down, act_unsigne
     return launch.quantize(x, smooth_factor, proj_down, act_unsigned, prologue)
 
 
-def _linear_w4a4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
+def _linear_w4a4(
+    launch,
+    x: torch.Tensor,
+    smooth_factor,
+    proj_down,
+    weight,
+    weight_scale,
+    proj_up,
+    bias,
+    act_unsigned,
+    act_rotated=False,
+) -> torch.Tensor:
     """A whole layer: with kernels of its own on Hopper, elsewhere its two halves."""
-    if launch.card(x.device.index)[0] != plan.HOPPER:
-        return int4._linear_w4a4_reference(x, *operands)
-    from ..kernels import hopper
+    if launch.card(x.device.index)[0] == plan.HOPPER:
+        from ..kernels import hopper
 
-    return hopper.linear(x, *operands)
+        return hopper.linear(
+            x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
+        )
+    quantized = _quantize_act(launch, x, smooth_factor, proj_down, act_unsigned, act_rotated)
+    return launch.gemm(*quantized, weight, weight_scale, proj_up, bias, act_unsigned)
 
 
 def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *operands) -> torch.Tensor:
