@@ -543,6 +543,32 @@ class Nvfp4GemmBuild:
         }
 
 
+@dataclass(frozen=True)
+class StatisticsBuild:
+    """One build of ``csrc/channel_statistics.cu``."""
+
+    bf16: bool
+
+    source = "channel_statistics.cu"
+    entry = "svdq_channel_statistics"
+    threads, columns, rows = 256, 256, 8  # of a block; rows that it reads at once
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def grid(self, m: int, k: int, multiprocessors: int) -> tuple[tuple[int, int, int], int]:
+        """Blocks, about four for each multiprocessor, and the rows of a slice."""
+        columns = _ceil(k, self.columns)
+        slices = min(_ceil(4 * multiprocessors, columns), _ceil(m, self.rows))
+        slice_rows = _ceil(_ceil(m, slices), self.rows) * self.rows
+        return (columns, _ceil(m, slice_rows), 1), slice_rows
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16)}
+
+
 Build = (
     GemmBuild
     | QuantizeBuild
@@ -552,6 +578,7 @@ Build = (
     | Int8QuantizeBuild
     | Int8GemmBuild
     | GemvAwqBuild
+    | StatisticsBuild
     | Nvfp4QuantizeBuild
     | Nvfp4GemmBuild
 )
@@ -727,7 +754,7 @@ def all_builds(capability: int) -> list[Build]:
     ]
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
-    builds += [gemv_awq_build(capability, bf16) for bf16 in (True, False)]
+    builds += [build for bf16 in (True, False) for build in (gemv_awq_build(capability, bf16), StatisticsBuild(bf16))]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
         builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]

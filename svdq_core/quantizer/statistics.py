@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable
+from functools import lru_cache
 from os import PathLike
 
 import numpy
@@ -11,6 +12,7 @@ import torch
 
 from ..errors import CheckpointError, LayerError
 from ..formats.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
+from ..kernels import status
 
 _KEY = "svdquant_calibration"
 _IN_FLIGHT = 8  # layers whose rows are on their way from the device, in pinned memory
@@ -53,24 +55,45 @@ class LayerStatistics:
         Nothing here waits for a CUDA device; ``settle`` before the sample is looked at.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
-        # All of these propagate NaN, so bad inputs are found at the end without a sync here. On the CPU aminmax and
-        # vector_norm along rows take ten times as long as what they would replace.
-        self.minimum = torch.minimum(self.minimum.to(rows.device), rows.amin(dim=0).float())
-        self.maximum = torch.maximum(self.maximum.to(rows.device), rows.amax(dim=0).float())
+        self._take_in(rows)
+        keep, priority = self._draw(rows.shape[0])
+        self.count += rows.shape[0]
+        if not len(keep):
+            return
+        sampled = rows[keep.to(rows.device, non_blocking=True)].to(torch.bfloat16)
+        if rows.is_cuda:
+            self._fetch(sampled, priority)
+        else:
+            self._merge_sample(sampled.cpu(), priority)
+
+    def _take_in(self, rows: torch.Tensor) -> None:
+        """Update ranges and squares. NaN propagates, so bad inputs are found at the end without a sync here."""
+        for name in ("minimum", "maximum", "square_sum"):
+            setattr(self, name, getattr(self, name).to(rows.device))
+        if rows.is_cuda and status(rows.device)[0]:
+            from ..kernels import statistics as kernel
+
+            if kernel.takes(rows):
+                kernel.take_in(rows, self.minimum, self.maximum, self.square_sum)
+                return
+        # On the CPU aminmax and vector_norm along rows take ten times as long as what they would replace.
+        self.minimum = torch.minimum(self.minimum, rows.amin(dim=0).float())
+        self.maximum = torch.maximum(self.maximum, rows.amax(dim=0).float())
         if rows.is_cuda:
             squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
         else:
             squares = rows.float().square().sum(dim=0).double()
-        self.square_sum = self.square_sum.to(rows.device) + squares
-        keep, priority = self._draw(rows.shape[0])
-        sampled = rows[keep.to(rows.device, non_blocking=True)].to(torch.bfloat16)
-        self.count += rows.shape[0]
-        if rows.is_cuda:
-            arriving = torch.empty(sampled.shape, dtype=torch.bfloat16, pin_memory=True)
+        self.square_sum = self.square_sum + squares
+
+    def _fetch(self, sampled: torch.Tensor, priority: torch.Tensor) -> None:
+        """Start copying rows to the host, on a stream of its own: what computes does not wait for it."""
+        copies, now = _copy_stream(sampled.device), torch.cuda.current_stream(sampled.device)
+        copies.wait_stream(now)
+        arriving = torch.empty(sampled.shape, dtype=torch.bfloat16, pin_memory=True)
+        with torch.cuda.stream(copies):
             arriving.copy_(sampled, non_blocking=True)
-            self._arriving.append((arriving, priority, torch.cuda.current_stream(rows.device).record_event()))
-        else:
-            self._merge_sample(sampled.cpu(), priority)
+        sampled.record_stream(copies)
+        self._arriving.append((arriving, priority, copies.record_event()))
 
     def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of so many new rows may be kept, and their priorities.
@@ -268,6 +291,11 @@ class Calibration:
 
     def _new_layer(self, name: str, in_features: int) -> LayerStatistics:
         return LayerStatistics(in_features, self.rows, layer_seed(self.seed, name))
+
+
+@lru_cache(maxsize=64)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def layer_seed(seed: int, layer: str) -> int:

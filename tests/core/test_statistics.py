@@ -137,18 +137,34 @@ def test_the_digest_tells_calibrations_apart(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_device_keeps_the_same_rows():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [256, 3080])
+def test_a_device_keeps_the_same_rows(dtype, width):
     random = torch.Generator().manual_seed(0)
-    batches = [torch.randn((3000, 256), generator=random) for _ in range(6)]
+    batches = [torch.randn((rows, width), generator=random).to(dtype) for rows in (3000, 1, 77, 4608)]
     found = {}
     for device in ("cpu", "cuda"):
         calibration = Calibration(rows=64)
         for batch in batches:
-            for layer in range(20):
+            for layer in range(12):
                 calibration.observe(str(layer), batch.to(device))
         calibration.check(calibration.layers)
         found[device] = calibration
     for name, layer in found["cpu"].layers.items():
         other = found["cuda"].layers[name]
         assert torch.equal(layer.sample, other.sample) and torch.equal(layer.minimum, other.minimum.cpu())
+        assert torch.equal(layer.maximum, other.maximum.cpu())
         assert torch.allclose(layer.second_moment, other.second_moment.cpu(), rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_does_not_forget_bad_inputs(dtype, value):
+    calibration = Calibration(rows=64)
+    for bad in (False, True, False):
+        x = torch.randn((500, 320), device="cuda").to(dtype)
+        x[321, 5] = value if bad else 0
+        calibration.observe("a", x)
+    with pytest.raises(LayerError, match="layer a got NaN or infinite"):
+        calibration.check(["a"])

@@ -63,6 +63,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
     builds += [replace(quantizer(capability), prologue=plan.ROTATE), plan.gemv_awq_build(capability, bf16)]
+    builds.append(plan.StatisticsBuild(bf16))
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     for build in builds:
         if plan.runs_on(build, capability):
@@ -294,6 +295,15 @@ def test_plan_fits_every_card(capability: int) -> None:
                 assert slice_groups <= plan.MOST_SLICE_GROUPS
                 assert slice_groups % plan.CHUNK_GROUPS == 0
                 assert grid[2] * build.rank_tiles * 8 >= 48
+
+
+@pytest.mark.parametrize("multiprocessors", [16, 132])
+def test_statistics_see_every_row_and_column_once(multiprocessors: int) -> None:
+    for m, k in itertools.product((1, 7, 77, 4608, 70000), (8, 64, 3072, 15360)):
+        build = plan.StatisticsBuild(True)
+        (columns, slices, _), slice_rows = build.grid(m, k, multiprocessors)
+        assert (columns - 1) * build.columns < k <= columns * build.columns
+        assert (slices - 1) * slice_rows < m <= slices * slice_rows
 
 
 def test_large_shapes_get_large_tiles() -> None:
