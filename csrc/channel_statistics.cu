@@ -16,17 +16,8 @@
 // would forget it. Infinities need no such help.
 #include "device.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
-#endif
-
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kColumns = 256;
 constexpr int kMinimum = 0, kMaximum = 1, kSquares = 2, kKinds = 3;
 

@@ -80,6 +80,16 @@ struct Fp16 {
     }
 };
 
+// The type of a build.
+#ifndef SVDQ_BF16  // ---- editors and linters see this one ----
+#    define SVDQ_BF16 1
+#endif
+#if SVDQ_BF16
+using T = Bf16;
+#else
+using T = Fp16;
+#endif
+
 // Overflow saturates, so that no finite input ever makes an infinity, let alone inf - inf.
 template <class T>
 SVDQ_DEVICE float saturate(float value) {

@@ -32,8 +32,7 @@
 //   |  act_scale [consumers][this stage's two groups and the next one][64]
 //
 // The low-rank branch is one more stage for 64 ranks.
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_COLUMNS  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_COLUMNS 96
 #    define SVDQ_STAGES 4
 #endif
@@ -42,11 +41,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kRows = 64 * kConsumers, kHalf = SVDQ_COLUMNS, kColumns = 2 * kHalf;
 constexpr int kStages = SVDQ_STAGES;

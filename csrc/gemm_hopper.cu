@@ -35,17 +35,8 @@
 //   the low-rank branch:    [rank / 64][rows][64 of 16 bits]: one more stage for 64 ranks
 #include "hopper.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
-#endif
-
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int kConsumers = 2;  // warpgroups that compute
 constexpr int BM = 128 * kConsumers, BN = 160, kStages = 3;
 constexpr int kChunkStages = 4;                // stages with a common chunk_scale

@@ -36,8 +36,7 @@
 #include "codes.cuh"
 #include "device.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_UNSIGNED  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_UNSIGNED 0
 #    define SVDQ_BM 128
 #    define SVDQ_BN 128
@@ -52,11 +51,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr bool kUnsigned = SVDQ_UNSIGNED;
 constexpr int BM = SVDQ_BM, BN = SVDQ_BN, WM = SVDQ_WM, WN = SVDQ_WN;
 constexpr int kGroups = SVDQ_GROUPS, kStages = SVDQ_STAGES;

@@ -11,8 +11,7 @@
 // columns from q * WN / 4 on, and outputs move 16 bytes at a time.
 #include "epilogue.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_BM  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_BM 128
 #    define SVDQ_BN 128
 #    define SVDQ_WM 64
@@ -23,11 +22,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int BM = SVDQ_BM, BN = SVDQ_BN, WM = SVDQ_WM, WN = SVDQ_WN;
 constexpr int kStages = SVDQ_STAGES;
 

@@ -29,8 +29,7 @@
 #include "epilogue.cuh"
 #include "nvfp4.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_NATIVE  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_NATIVE 0
 #    define SVDQ_BM 128
 #    define SVDQ_BN 128
@@ -43,11 +42,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int BM = SVDQ_BM, BN = SVDQ_BN, WM = SVDQ_WM, WN = SVDQ_WN;
 constexpr int kStages = SVDQ_STAGES;
 

@@ -26,8 +26,7 @@
 // The low-rank branch is one more stage for 64 ranks; proj_up goes to registers directly.
 #include "hopper.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_NVFP4  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_NVFP4 1
 #    define SVDQ_COLUMNS 256
 #    define SVDQ_STAGES 4
@@ -35,11 +34,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr bool kNVFP4 = SVDQ_NVFP4;
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 constexpr int kRows = 64 * kConsumers, kTokens = SVDQ_COLUMNS, kStages = SVDQ_STAGES;

@@ -27,19 +27,13 @@
 // of a word of codes are a pair of a product's operand, and x is paired alike.
 #include "device.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_WARPS  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_WARPS 12
 #    define SVDQ_STAGES 2
 #endif
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int kStages = SVDQ_STAGES;
 constexpr int kRows = 16, kGroups = 4;  // of a stage
 constexpr int kRowBytes = kGroups * kGroup / 2;

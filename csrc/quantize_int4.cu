@@ -53,8 +53,7 @@
 #include "codes.cuh"
 #include "device.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_UNSIGNED  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_UNSIGNED 0
 #    define SVDQ_RANK_TILES 4
 #    define SVDQ_PROLOGUE 0
@@ -64,11 +63,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr bool kUnsigned = SVDQ_UNSIGNED;
 constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a low-rank branch
 

@@ -8,17 +8,8 @@
 // take turns at eight columns, whose smoothing factors serve all four.
 #include "device.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
-#endif
-
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr int kThreads = 128, kRows = 4;  // a row for each warp, to begin with
 constexpr float kLargestCode = 127.f;
 

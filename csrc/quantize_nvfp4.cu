@@ -30,8 +30,7 @@
 // (quantize_int8.cu) is the largest magnitude of each row, and each slice gives its own.
 #include "nvfp4.cuh"
 
-#ifndef SVDQ_BF16  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_BF16 1
+#ifndef SVDQ_RANK_TILES  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_RANK_TILES 4
 #    define SVDQ_STAGES 3
 #    define SVDQ_MOST_WARPS 20
@@ -40,11 +39,6 @@
 
 namespace {
 
-#if SVDQ_BF16
-using T = Bf16;
-#else
-using T = Fp16;
-#endif
 constexpr bool kWide = SVDQ_OUTPUT == 1, kAbsmax = SVDQ_OUTPUT == 2;
 constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a low-rank branch
 
