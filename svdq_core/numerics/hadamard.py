@@ -1,13 +1,17 @@
 """Rotation of 64 columns at a time: what makes a group's outlier everybody's burden, and so 4 bits enough for it."""
 
+from functools import lru_cache
+
 import torch
 
 GROUP_SIZE = 64
 
 
-def matrix(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # it is kept, and may be wanted outside of that mode
+def matrix(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
     """(64, 64) Sylvester's Hadamard matrix over 8: symmetric, its own inverse, exact in every floating type."""
-    index = torch.arange(GROUP_SIZE)
+    index = torch.arange(GROUP_SIZE, device=device)
     both = index[:, None] & index[None, :]
     ones = sum(both >> bit & 1 for bit in range(GROUP_SIZE.bit_length() - 1))
     return (1 - 2 * (ones % 2)).to(dtype) / GROUP_SIZE**0.5
@@ -22,8 +26,7 @@ def rotate(values: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., K) contiguous.
     """
-    rotation = matrix(values.dtype).to(values.device)
-    return torch.matmul(values.reshape(-1, GROUP_SIZE), rotation).view(values.shape)
+    return torch.matmul(values.reshape(-1, GROUP_SIZE), matrix(values.dtype, values.device)).view(values.shape)
 
 
 def smooth_and_rotate(x: torch.Tensor, smooth_factor: torch.Tensor) -> torch.Tensor:
