@@ -261,7 +261,8 @@ class _Smoothed:
         """The branch as stored: down (K, r), which sees the layer's own input, and up (N, r)."""
         up, down = self._layer.fit(matrix, metric)
         dtype = self._layer.spec.dtype
-        return (self._rotate(down.t()) / self._factor.float()).t().to(dtype), up.to(dtype)
+        down = (self._rotate(down.t()) / self._factor.float()).t()
+        return down.to(dtype).contiguous(), up.to(dtype).contiguous()  # as files and kernels have them
 
     def _rest(self, proj_down: torch.Tensor, proj_up: torch.Tensor) -> torch.Tensor:
         """(N, K) what a branch leaves of the smoothed weight; its own rounding to 16 bits is made up for."""
