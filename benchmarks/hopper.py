@@ -1,4 +1,4 @@
-"""Whole INT4 layers on a Hopper card against 16 bits and every installed peer: a table's numbers and a plot.
+"""Whole INT4 layers on a Hopper card, in 8 bits and exact, against 16 bits and every installed peer.
 
     python -m benchmarks.hopper OUT.json      measures (needs the card)
     python -m benchmarks.hopper --plot IN.json OUT.png
@@ -16,40 +16,63 @@ from pathlib import Path
 import torch
 
 from svdq_core import bench
-from svdq_core.kernels import grid, plan
+from svdq_core.formats.comfy_quant import SVDQUANT_W4A4
+from svdq_core.kernels import grid, plan, rows
 from svdq_core.numerics import hadamard, int4
+from svdq_core.ops import as_int8
 
 RANKS = (0, 16, 32, 64, 128)
 FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
 
 
-def relative_error(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    """Of the layer against float64 of the codes that float32 arithmetic quantizes to."""
+def errors(m: int, k: int, n: int, dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors of the layer in 8 bits and of the exact one.
+
+    Each against float64 of the codes that the reference makes, and against its weight with a 16-bit input.
+    """
     o = bench._operands(m, k, n, 32, dtype, False)
-    out = bench.layer(o)
-    codes, scale = int4.quantize_groups(hadamard.smooth_and_rotate(o["x"], o["smooth"]), False)
     weight = int4.dequantize(int4.unpack(o["weight"]), o["weight_scale"].t()).double()
-    expected = int4.dequantize(codes, scale).double() @ weight.t() + o["bias"].double()
-    expected += (o["x"].double() @ o["proj_down"].double()) @ o["proj_up"].double().t()
-    return ((out.double() - expected).norm() / expected.norm()).item()
+    low_rank = o["proj_up"].double() @ o["proj_down"].double().t()
+
+    def of(out: torch.Tensor, expected: torch.Tensor) -> float:
+        expected = expected + o["bias"].double()
+        return ((out.double() - expected).norm() / expected.norm()).item()
+
+    operands = o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], None, None, o["proj_up"], o["bias"]
+    image = as_int8.image(operands, SVDQUANT_W4A4, unsigned=False, rotated=True)
+    codes, scale = as_int8.quantize_input(o["x"], image.inverse)
+    in_8_bits = codes.double() @ image.weight.double().t() * scale.double() * image.weight_scale.double()
+    codes, scale = int4.quantize_groups(hadamard.smooth_and_rotate(o["x"], o["smooth"]), False)
+    exact = int4.dequantize(codes, scale).double() @ weight.t() + o["x"].double() @ low_rank.t()
+    full = o["x"].double() @ (hadamard.rotate(weight) / o["smooth"].double() + low_rank).t()
+    ours, fours = bench.layer(o), bench.exact_layer(o)
+    return {
+        "error": of(ours, in_8_bits),
+        "exact_error": of(fours, exact),
+        "input_error": of(ours, full),
+        "exact_input_error": of(fours, full),
+    }
 
 
 def parts(m: int, k: int, n: int) -> dict[str, float]:
-    """Times of the layer by rank; of its two halves at rank 32, and with scales that are not on a grid."""
+    """Times by rank, of the halves of a layer at rank 32, and of exact layers with scales that are not on a grid."""
     result = {}
     for rank in RANKS:
         size = 2 * m * k + n * k + 2 * m * n
         sets = bench.copies(lambda r=rank: bench._operands(m, k, n, r, torch.bfloat16, False), size)
-        layers = [lambda o=o: bench.layer(o) for o in sets]
-        result[f"rank{rank}_us"] = bench.median_us(layers)
+        result[f"rank{rank}_us"] = bench.median_us([lambda o=o: bench.layer(o) for o in sets])
+        exact = [lambda o=o: bench.exact_layer(o) for o in sets]
+        result[f"exact_rank{rank}_us"] = bench.median_us(exact)
         if rank == 32:
-            halves = [lambda o=o: grid.quantize(o["x"], o["smooth"], o["proj_down"], False, plan.ROTATE) for o in sets]
-            result["quantize_us"] = bench.median_us(halves)
+            result["quantize_us"] = bench.median_us([lambda o=o: rows.quantize(o["x"], o["smooth"]) for o in sets])
             result["gemm_us"] = result["rank32_us"] - result["quantize_us"]
+            halves = [lambda o=o: grid.quantize(o["x"], o["smooth"], o["proj_down"], False, plan.ROTATE) for o in sets]
+            result["exact_quantize_us"] = bench.median_us(halves)
+            result["exact_gemm_us"] = result["exact_rank32_us"] - result["exact_quantize_us"]
             for o in sets:
                 o["weight_scale"] = (torch.rand_like(o["weight_scale"].float()) * 0.01).to(torch.bfloat16)
                 o["weight"] = o["weight"].clone()  # another weight, another image
-            result["any_scales_us"] = bench.median_us(layers)
+            result["exact_any_scales_us"] = bench.median_us(exact)
     return result
 
 
@@ -60,7 +83,7 @@ def measure(path: Path) -> None:
     for m, k, n in bench.SHAPES:
         result = bench.bench_shape(m, k, n, 32, torch.bfloat16, limits) | parts(m, k, n)
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            result[f"error_{name}"] = relative_error(m, k, n, dtype)
+            result |= {f"{kind}_{name}": value for kind, value in errors(m, k, n, dtype).items()}
         results.append(result)
         print(bench.table([result]), flush=True)
     report = {
@@ -68,6 +91,7 @@ def measure(path: Path) -> None:
         "environment": bench.environment(),
         "copy_bytes_per_second": limits.bandwidth,
         "geometric_mean_over_16bit_flux": statistics.geometric_mean([r["speedup_over_16bit"] for r in results[:FLUX]]),
+        "exact_geometric_mean": statistics.geometric_mean([r["16bit_us"] / r["exact_us"] for r in results[:FLUX]]),
         "weight_image_bytes_per_weight": 1.0,
         "results": results,
     }
@@ -80,8 +104,8 @@ def plot(source: Path, target: Path) -> None:
 
     results = json.loads(source.read_text())["results"]
     names = {
-        "layer_us": "this pack, INT4 rank 32",
-        "any_scales_us": "this pack, scales off the grid",
+        "layer_us": "this pack, INT4 file in 8 bits",
+        "exact_us": "this pack, exact W4A4",
         "nf4_us": "NF4 (bitsandbytes)",
         "kitchen_convrot_w4a4_us": "comfy-kitchen ConvRot W4A4",
         "kitchen_w4a8_us": "comfy-kitchen W4A8",

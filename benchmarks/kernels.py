@@ -52,7 +52,7 @@ def int8_products_per_second() -> float:
     arguments = out.data_ptr().to_bytes(8, "little") + rounds.to_bytes(4, "little")
 
     def run() -> None:
-        launcher.launch(function, (blocks, 1, 1), threads, 0, torch.cuda.current_stream().cuda_stream, arguments)
+        launcher.launch(function, (blocks, 1, 1), threads, 0, torch.cuda.current_stream().cuda_stream, arguments, False)
 
     seconds = bench.median_us([run] * 4) * 1e-6
     return blocks * threads / 32 * rounds * 8 / seconds

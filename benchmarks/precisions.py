@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 
 from svdq_core import bench
+from svdq_core.formats.comfy_quant import SVDQUANT_NVFP4
 from svdq_core.kernels import int8 as int8_kernels
 from svdq_core.kernels import nvfp4 as nvfp4_kernels
+from svdq_core.kernels import prefers_int8
 from svdq_core.numerics import awq, int4, int8, nvfp4
+from svdq_core.ops.as_int8 import linear_as_int8
 from svdq_core.ops.awq import linear_awq_w4a16
 from svdq_core.ops.int8 import linear_int8
 from svdq_core.ops.nvfp4 import linear_nvfp4
@@ -114,6 +117,12 @@ def nvfp4_exact(o: Operands) -> torch.Tensor:
     return low_rank(o, y * o["weight_tensor_scale"].double())
 
 
+def nvfp4_layer(o: Operands) -> torch.Tensor:
+    """The layer as a card that prefers it evaluates it, in 8 bits."""
+    operands = {name: tensor for name, tensor in o.items() if name != "x"}
+    return linear_as_int8(o["x"], **operands, layer_format=SVDQUANT_NVFP4, act_unsigned=False, act_rotated=False)
+
+
 def low_rank(o: Operands, y: torch.Tensor) -> torch.Tensor:
     """``y`` with the low-rank branch and the bias."""
     return y + o["x"].double() @ o["proj_down"].double() @ o["proj_up"].double().t() + o["bias"].double()
@@ -143,6 +152,9 @@ def measure_layers() -> list[dict]:
             result[f"{name}_us"] = bench.median_us([lambda o=o, f=linear: f(**o) for o in sets])
             calls = [lambda o=o, f=quantize: f(o["x"], o["smooth_factor"], o["proj_down"]) for o in sets]
             result[f"{name}_quantize_us"] = bench.median_us(calls)
+            if name == "nvfp4" and prefers_int8(sets[0]["x"].device, n, k):
+                result["nvfp4_exact_us"] = result["nvfp4_us"]
+                result["nvfp4_us"] = bench.median_us([lambda o=o: nvfp4_layer(o) for o in sets])
             result[f"{name}_speedup"] = result["16bit_us"] / result[f"{name}_us"]
             for dtype in (torch.bfloat16, torch.float16):
                 o = make(m, k, n, dtype)

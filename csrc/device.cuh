@@ -51,6 +51,23 @@ struct Bf16 {
 #endif
         return pair;
     }
+#if SVDQ_ARCH >= 900
+    static SVDQ_DEVICE u32 multiply(u32 a, u32 b) {
+        u32 product;
+        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+        return product;
+    }
+    static SVDQ_DEVICE u32 magnitudes(u32 pair) {
+        u32 result;
+        asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(pair));
+        return result;
+    }
+    static SVDQ_DEVICE u32 larger(u32 a, u32 b) {
+        u32 result;
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+#endif
 };
 
 struct Fp16 {
@@ -78,6 +95,23 @@ struct Fp16 {
 #endif
         return pair;
     }
+#if SVDQ_ARCH >= 900
+    static SVDQ_DEVICE u32 multiply(u32 a, u32 b) {
+        u32 product;
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+        return product;
+    }
+    static SVDQ_DEVICE u32 magnitudes(u32 pair) {
+        u32 result;
+        asm("abs.f16x2 %0, %1;" : "=r"(result) : "r"(pair));
+        return result;
+    }
+    static SVDQ_DEVICE u32 larger(u32 a, u32 b) {
+        u32 result;
+        asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+#endif
 };
 
 // The type of a build.
@@ -94,6 +128,22 @@ using T = Fp16;
 template <class T>
 SVDQ_DEVICE float saturate(float value) {
     return fminf(fmaxf(value, -T::kLargest), T::kLargest);
+}
+
+// ---- x . proj_down, which is kept in 16 bits
+//
+// For fp16 a row is multiplied by 2^(10 - exponent of its largest), which the GEMM takes back.
+// Small ones stay small: what is added to their products is divided by the same.
+SVDQ_DEVICE float down_power(float largest) {
+    const int exponent = 137 - (int)(as_bits(largest) >> 23);
+    return as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+}
+
+// Two of a row's, in range of products that are added unchecked.
+template <class T>
+SVDQ_DEVICE u32 pack_down(float low, float high) {
+    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
+    return T::pack(fminf(fmaxf(low, -kMost), kMost), fminf(fmaxf(high, -kMost), kMost));
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------
@@ -215,6 +265,12 @@ SVDQ_DEVICE void store_shared8(u32 shared, u32 first, u32 second) {
                  : "memory");
 }
 
+SVDQ_DEVICE void store_shared16(u32 shared, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
 SVDQ_DEVICE uint2 load_shared8(u32 shared) {
     uint2 v;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
@@ -231,6 +287,10 @@ SVDQ_DEVICE u32 load_shared4(u32 shared) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(shared));
     return v;
+}
+
+SVDQ_DEVICE void shared_maximum(u32 shared, u32 value) {
+    asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
 // ---- matrix fragments ---------------------------------------------------------------------------

@@ -380,6 +380,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     }
     __syncthreads();
     cluster_sync();
+    wait_for_kernel_before();
 
     if (threadIdx.x < 128) {
         registers_decrease<40>();

@@ -40,6 +40,18 @@ SVDQ_DEVICE void warpgroup_sync(u32 index) {
     asm volatile("bar.sync %0, 128;" ::"r"(index + 1) : "memory");
 }
 
+// ---- kernels that start before the one in front of them has ended (Launcher.launch, `early`)
+// -------
+
+// All blocks have begun: those of the next kernel may take the places that become free.
+SVDQ_DEVICE void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Until everything that the kernel before wrote can be read.
+SVDQ_DEVICE void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- bulk copies --------------------------------------------------------------------------------
 
 // Contiguous bytes (a multiple of 16) to shared memory, counted by a barrier.
@@ -145,6 +157,25 @@ SVDQ_DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
         "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
         "r"(block)
+        : "memory");
+}
+
+// The cluster's barrier in two parts; orders nothing but what fence_barrier_init() does.
+SVDQ_DEVICE void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+SVDQ_DEVICE void cluster_wait() {
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// 16 bytes to the same place of another block's shared memory, counted by its barrier.
+SVDQ_DEVICE void store_shared16_at(u32 shared, uint4 v, u32 barrier, u32 block) {
+    asm volatile(
+        "{ .reg .b32 there, counter;"
+        "mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 counter, %5, %6;"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4},"
+        " [counter]; }" ::"r"(shared),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier), "r"(block)
         : "memory");
 }
 

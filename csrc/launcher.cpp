@@ -24,6 +24,17 @@ namespace {
 using Result = int;
 constexpr Result kInvalidContext = 201;  // this thread has not used CUDA yet
 constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kEarlyInGraphs = 12030;    // the driver that captures early launches in graphs
+
+struct LaunchAttribute {  // CUlaunchAttribute
+    int id, padding, value[16];
+};
+struct LaunchConfig {  // CUlaunchConfig
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    LaunchAttribute* attributes;
+    unsigned count;
+};
 
 void* symbol(const char* name) {
 #ifdef _WIN32
@@ -51,6 +62,9 @@ class Launcher {
           attribute_(entry<Result (*)(void*, int, int)>("cuFuncSetAttribute")),
           launch_(entry<Launch>("cuLaunchKernel")) {
         check(entry<Result (*)(unsigned)>("cuInit")(0), "cuInit");
+        int version = 0;
+        check(entry<Result (*)(int*)>("cuDriverGetVersion")(&version), "cuDriverGetVersion");
+        if (version >= kEarlyInGraphs) launch_early_ = entry<LaunchEarly>("cuLaunchKernelEx");
     }
 
     std::uintptr_t load(py::bytes image, const std::string& name, int shared_bytes) {
@@ -63,10 +77,20 @@ class Launcher {
     }
 
     void launch(std::uintptr_t function, std::tuple<unsigned, unsigned, unsigned> grid,
-                unsigned threads, unsigned shared, std::uintptr_t stream, py::bytes arguments) {
+                unsigned threads, unsigned shared, std::uintptr_t stream, py::bytes arguments,
+                bool early) {
         void* parameters[] = {PyBytes_AS_STRING(arguments.ptr())};
         const auto [x, y, z] = grid;
         auto start = [&, x = x, y = y, z = z] {
+            if (early && launch_early_) {
+                // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                LaunchAttribute attribute{6, 0, {1}};
+                const LaunchConfig config{{x, y, z},  {threads, 1, 1},
+                                          shared,     reinterpret_cast<void*>(stream),
+                                          &attribute, 1};
+                return launch_early_(&config, reinterpret_cast<void*>(function), parameters,
+                                     nullptr);
+            }
             return launch_(reinterpret_cast<void*>(function), x, y, z, threads, 1, 1, shared,
                            reinterpret_cast<void*>(stream), parameters, nullptr);
         };
@@ -82,6 +106,8 @@ class Launcher {
     using Launch = Result (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                               unsigned, void*, void**, void**);
 
+    using LaunchEarly = Result (*)(const LaunchConfig*, void*, void**, void**);
+
     void check(Result result, const std::string& what) const {
         if (!result) return;
         const char* text = nullptr;
@@ -95,6 +121,7 @@ class Launcher {
     Result (*function_)(void**, void*, const char*);
     Result (*attribute_)(void*, int, int);
     Launch launch_;
+    LaunchEarly launch_early_ = nullptr;
 };
 
 }  // namespace

@@ -92,19 +92,3 @@ SVDQ_DEVICE u32 scale_group(const u32 (&pairs)[8], const float (&inverse_smooth)
         steps[i] = snap(steps[i] * inverse);
     return code;
 }
-
-// ---- x . proj_down, which is kept in 16 bits
-//
-// For fp16 a row is multiplied by 2^(10 - exponent of its largest), which the GEMM takes back.
-// Small ones stay small: what is added to their products is divided by the same.
-SVDQ_DEVICE float down_power(float largest) {
-    const int exponent = 137 - (int)(as_bits(largest) >> 23);
-    return as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
-}
-
-// Two of a row's, in range of products that are added unchecked.
-template <class T>
-SVDQ_DEVICE u32 pack_down(float low, float high) {
-    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
-    return T::pack(fminf(fmaxf(low, -kMost), kMost), fminf(fmaxf(high, -kMost), kMost));
-}

@@ -31,19 +31,8 @@
 //     stride 64 bytes (up to 32 ranks):  chunk c at c ^ (row / 8 % 4); row % 2 picks the line's
 //     half stride 128 bytes (64 ranks):       chunk c at c ^ (row / 8 % 4 + 4 (row % 2))
 //
-// With SVDQ_PROLOGUE = 3 what is quantized is rotated: every group's 64 smoothed values go through
-// Sylvester's matrix, whose element (i, j) is the parity of the bits that i and j share. So it can
-// be taken apart by bits of a column's number. Product s above has the columns that differ in bits
-// 0, 1, 3 and 4; the left operand of the same product over the same registers, this time with 16
-// columns of signs at its right, does those four, and bits 2 and 5 are sums and differences of
-// products in one lane:
-//
-//     bits of a column's number    5     4 3    2    1 0         bits of an output's number
-//     in a lane's registers        s / 2  q    s % 2 the pair's  5, 2: products, 1: the half of 16
-//                                                                columns of signs, 4 3 0: of those
-//
-// Every lane ends with the columns that it began with. The 1 / 8 that makes the matrix orthogonal
-// goes to the scales; 1 / 64 in the signs keeps every sum finite.
+// With SVDQ_PROLOGUE = 3 what is quantized is rotated (rotation.cuh): product s has the columns
+// that differ in bits 0, 1, 3 and 4, and a lane's four of them differ in bits 0 and 1.
 //
 // Hopper multiplies bytes, and x . proj_down in 16 bits. SVDQ_OUTPUT says how they are written:
 //
@@ -52,6 +41,7 @@
 //   bytes    for csrc/gemm_grid.cu: int8 codes in the order of x, scales in float32
 #include "codes.cuh"
 #include "device.cuh"
+#include "rotation.cuh"
 
 #ifndef SVDQ_UNSIGNED  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_UNSIGNED 0
@@ -181,25 +171,9 @@ SVDQ_DEVICE void smooth_row(Values& values, const u32 (&pair)[8], u32 inverse_sm
     }
 }
 
-// A lane's part of the 16 x 16 signs over 64, as right operands for outputs' bit 1 clear and set.
-struct Signs {
-    u32 half[2][2];
-
-    SVDQ_DEVICE explicit Signs(u32 g, u32 q) {
-        constexpr u32 kOne = T::kIsBf16 ? 0x3C803C80u : 0x24002400u;  // 2^-6, twice
-        const u32 row = __popc(q & g / 2) % 2 * 0x80008000u;          // bits 3 and 4
-#pragma unroll
-        for (u32 n = 0; n < 2; ++n)
-#pragma unroll
-            for (u32 k = 0; k < 2; ++k)
-                half[n][k] = kOne ^ row ^ (n & k) * 0x80008000u ^ g % 2 * 0x80000000u;
-    }
-};
-
-// The group's smoothed values in 16 bits, rotated, over 8. Returns false if one of them is not
-// finite, in which case no result of its row is.
+// The group's smoothed values in 16 bits, rotated, over 8; false if a row's are not finite.
 SVDQ_DEVICE bool rotate(Values (&values)[2], const Signs& signs, bool clamp) {
-    u32 pair[2][8];
+    Pairs pair;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -207,28 +181,14 @@ SVDQ_DEVICE bool rotate(Values (&values)[2], const Signs& signs, bool clamp) {
             const float low = values[h][2 * i], high = values[h][2 * i + 1];
             pair[h][i] = clamp ? T::pack(saturate<T>(low), saturate<T>(high)) : T::pack(low, high);
         }
-    float sum[4][2][4] = {};
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-        const u32 a[4] = {pair[0][2 * s], pair[1][2 * s], pair[0][2 * s + 1], pair[1][2 * s + 1]};
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-            mma_16bit<T>(sum[s][n], a, signs.half[n][0], signs.half[n][1]);
-    }
     bool finite = true;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < 2; ++n) {
+        float half[2][4][2];
+        finite &= rotate_half(half, pair, signs, n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int n = i / 2, e = 2 * h + i % 2;
-            const float plus[2] = {sum[0][n][e] + sum[1][n][e], sum[2][n][e] + sum[3][n][e]};
-            const float minus[2] = {sum[0][n][e] - sum[1][n][e], sum[2][n][e] - sum[3][n][e]};
-            values[h][i] = plus[0] + plus[1];
-            values[h][4 + i] = minus[0] + minus[1];
-            values[h][8 + i] = plus[0] - plus[1];
-            values[h][12 + i] = minus[0] - minus[1];
-        }
-        finite &= fabsf(values[h][0]) <= kFloatMax;
+        for (int i = 0; i < 16; ++i)
+            values[i / 8][i / 2 % 4 * 4 + 2 * n + i % 2] = half[i / 8][i / 2 % 4][i % 2];
     }
     return finite;
 }

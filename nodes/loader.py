@@ -28,8 +28,21 @@ class SVDQuantModelLoader:
                         "loaded by the stock Load Diffusion Model node."
                     },
                 )
-            }
+            },
+            "optional": {
+                "evaluation": (
+                    ["auto", "as stored"],
+                    {
+                        "default": "auto",
+                        "tooltip": "auto: the way this card does best. H100 and H200 have fast 8-bit products and no "
+                        "4-bit ones, so they run 4-bit layers with 8-bit weights and activations: faster, and closer "
+                        "to the 16-bit model. as stored: the file's own arithmetic, to draw what other cards draw. "
+                        "Elsewhere both are the same.",
+                    },
+                )
+            },
         }
 
-    def load(self, model_name: str):
-        return (load_quantized(folder_paths.get_full_path_or_raise("diffusion_models", model_name)),)
+    def load(self, model_name: str, evaluation: str = "auto"):
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        return (load_quantized(path, exact=evaluation == "as stored"),)

@@ -21,7 +21,10 @@ import torch
 
 from . import __version__
 from .errors import SVDQuantError
+from .formats.comfy_quant import SVDQUANT_W4A4
+from .kernels import prefers_int8
 from .numerics import int4
+from .ops.as_int8 import linear_as_int8
 from .ops.int4 import linear_int4, linear_w4a4, quantize_act_int4
 
 _log = logging.getLogger(__name__)
@@ -101,10 +104,21 @@ def _operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, unsigned: b
     }
 
 
-def layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Our layer, (M, N), of :func:`_operands`: signed and so rotated, as recipes make most."""
+def exact_layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The W4A4 layer (M, N) of :func:`_operands`: signed and so rotated, as recipes make most."""
     return linear_w4a4(
         o["x"], o["smooth"], o["proj_down"], o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False, True
+    )
+
+
+def layer(o: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same layer as this card evaluates it."""
+    weight = o["weight"]
+    if not prefers_int8(weight.device, weight.shape[0], o["x"].shape[1]):
+        return exact_layer(o)
+    scales = o["weight_scale"], None, None
+    return linear_as_int8(
+        o["x"], o["smooth"], o["proj_down"], weight, *scales, o["proj_up"], o["bias"], SVDQUANT_W4A4, False, True
     )
 
 
@@ -129,13 +143,16 @@ def bench_shape(
 ) -> dict[str, Any]:
     """Times of one layer: ours (where it runs so, also in its two halves), the 16-bit layer, and peers.
 
-    ``fp8_gemm`` and ``int8_gemm`` are torch's bare products, without what quantizes their input.
+    Where a card evaluates layers in 8 bits, ``exact`` is the W4A4 layer itself. ``fp8_gemm`` and ``int8_gemm`` are
+    torch's bare products, without what quantizes their input.
     """
     sets = copies(lambda: _operands(m, k, n, rank, dtype, False), 2 * m * k + n * k // 2 + 2 * m * n)
 
     result: dict[str, Any] = {"m": m, "k": k, "n": n, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
     if runs_in_halves():
         _bench_halves(result, sets, limits)
+    else:
+        result["exact_us"] = median_us([lambda o=o: exact_layer(o) for o in sets])
     result["layer_us"] = median_us([lambda o=o: layer(o) for o in sets])
     result["layer_tops"] = 2 * m * n * k / result["layer_us"] * 1e-6
     moved = quantize_bytes(m, k, rank) + gemm_bytes(m, k, n, rank)
@@ -264,7 +281,13 @@ def environment() -> dict[str, str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Results for a person, times in microseconds: each peer's, and how many times ours it is."""
-    columns = {"layer_us": "ours", "quantize_us": "quantize", "gemm_us": "gemm", "16bit_us": "16bit"}
+    columns = {
+        "layer_us": "ours",
+        "exact_us": "exact W4A4",
+        "quantize_us": "quantize",
+        "gemm_us": "gemm",
+        "16bit_us": "16bit",
+    }
     columns |= {f"{name}_us": name for name in _PEERS}
     shown = {key: name for key, name in columns.items() if any(key in r for r in results)}
     rows = [["M x K x N", *shown.values(), "TOPS"]]

@@ -1,14 +1,16 @@
 """The quantized linear layer, free of any host."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .formats import comfy_quant
 from .formats.comfy_quant import LayerSpec
-from .numerics import awq, hadamard, int4, int8, nf4, nvfp4
+from .formats.weights import quantized_part
+from .kernels import prefers_int8
+from .numerics import int4
+from .ops.as_int8 import linear_as_int8
 from .ops.awq import linear_awq_w4a16
 from .ops.cuda import release
 from .ops.int4 import linear_w4a4
@@ -32,97 +34,71 @@ class Adapter:
     delta: torch.Tensor | None = None
 
 
-class _Arithmetic(ABC):
-    """What one format means: the weight that its tensors stand for, and the operator that multiplies by it.
-
-    Both are given the layer's tensors by name, as :meth:`SVDQLinear.active_tensors` has them.
-    """
-
-    @staticmethod
-    @abstractmethod
-    def weight(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N, K) float32: the quantized weight, smoothed where the format smooths, rotated where the layer is."""
-
-    @staticmethod
-    @abstractmethod
-    def linear(x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], spec: LayerSpec) -> torch.Tensor:
-        """(M, K) -> (M, N), low-rank branch (where the format has one) and bias included."""
+_Tensors = Mapping[str, torch.Tensor | None]
 
 
-class _Int4(_Arithmetic):
-    @staticmethod
-    def weight(tensors):
-        return int4.dequantize(int4.unpack(tensors["weight"]), tensors["weight_scale"].t())
-
-    @staticmethod
-    def linear(x, tensors, spec):
-        names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
-        return linear_w4a4(x, *(tensors[name] for name in names), spec.act_unsigned, spec.rotated)
+def _int4(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
+    return linear_w4a4(x, *(tensors[name] for name in names), spec.act_unsigned, spec.rotated)
 
 
-class _NVFP4(_Arithmetic):
-    @staticmethod
-    def weight(tensors):
-        weight = nvfp4.dequantize(int4.unpack(tensors["weight"], unsigned=True), tensors["weight_scale"].t())
-        weight *= tensors["weight_tensor_scale"]
-        channel_scale = tensors.get("weight_channel_scale")
-        return weight if channel_scale is None else weight * channel_scale.float()[:, None]
-
-    @staticmethod
-    def linear(x, tensors, spec):
-        return linear_nvfp4(
-            x,
-            tensors["smooth_factor"],
-            tensors["proj_down"],
-            tensors["weight"],
-            tensors["weight_scale"],
-            tensors["weight_tensor_scale"],
-            tensors.get("weight_channel_scale"),
-            tensors["proj_up"],
-            tensors["bias"],
-        )
+def _nvfp4(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    return linear_nvfp4(
+        x,
+        tensors["smooth_factor"],
+        tensors["proj_down"],
+        tensors["weight"],
+        tensors["weight_scale"],
+        tensors["weight_tensor_scale"],
+        tensors.get("weight_channel_scale"),
+        tensors["proj_up"],
+        tensors["bias"],
+    )
 
 
-class _Int8(_Arithmetic):
-    @staticmethod
-    def weight(tensors):
-        return int8.dequantize(tensors["weight"], tensors["weight_scale"][:, None])
-
-    @staticmethod
-    def linear(x, tensors, spec):
-        names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
-        return linear_int8(x, *(tensors[name] for name in names))
+def _int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    names = ("smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias")
+    return linear_int8(x, *(tensors[name] for name in names))
 
 
-class _AWQ(_Arithmetic):
-    @staticmethod
-    def weight(tensors):
-        codes = int4.unpack(tensors["weight"], unsigned=True)
-        return awq.dequantize(codes, tensors["weight_scale"].t(), tensors["weight_zero"].t())
-
-    @staticmethod
-    def linear(x, tensors, spec):
-        names = ("weight", "weight_scale", "weight_zero", "bias")
-        return linear_awq_w4a16(x, *(tensors[name] for name in names))
+def _awq(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    names = ("weight", "weight_scale", "weight_zero", "bias")
+    return linear_awq_w4a16(x, *(tensors[name] for name in names))
 
 
-class _NF4(_Arithmetic):
-    @staticmethod
-    def weight(tensors):
-        return nf4.dequantize(int4.unpack(tensors["weight"], unsigned=True), tensors["weight_scale"].t())
-
-    @staticmethod
-    def linear(x, tensors, spec):
-        return linear_nf4(x, tensors["weight"], tensors["weight_scale"], tensors["bias"])
+def _nf4(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    return linear_nf4(x, tensors["weight"], tensors["weight_scale"], tensors["bias"])
 
 
-_ARITHMETIC: Mapping[str, type[_Arithmetic]] = {
-    comfy_quant.SVDQUANT_W4A4: _Int4,
-    comfy_quant.SVDQUANT_NVFP4: _NVFP4,
-    comfy_quant.SVDQUANT_W8A8: _Int8,
-    comfy_quant.AWQ_W4A16: _AWQ,
-    comfy_quant.NF4_W4A16: _NF4,
+# (M, K) -> (M, N), low-rank branch (where the format has one) and bias included, by the tensors that
+# ``SVDQLinear.active_tensors`` gives.
+_LINEAR: Mapping[str, Callable[[torch.Tensor, _Tensors, LayerSpec], torch.Tensor]] = {
+    comfy_quant.SVDQUANT_W4A4: _int4,
+    comfy_quant.SVDQUANT_NVFP4: _nvfp4,
+    comfy_quant.SVDQUANT_W8A8: _int8,
+    comfy_quant.AWQ_W4A16: _awq,
+    comfy_quant.NF4_W4A16: _nf4,
 }
+
+
+_FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
+
+
+def _as_int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
+    return linear_as_int8(
+        x,
+        tensors["smooth_factor"],
+        tensors["proj_down"],
+        tensors["weight"],
+        tensors["weight_scale"],
+        tensors.get("weight_tensor_scale"),
+        tensors.get("weight_channel_scale"),
+        tensors["proj_up"],
+        tensors["bias"],
+        spec.format,
+        spec.act_unsigned,
+        spec.rotated,
+    )
 
 
 class SVDQLinear(torch.nn.Module):
@@ -136,9 +112,15 @@ class SVDQLinear(torch.nn.Module):
     In a rotated layer (``numerics.hadamard``) the smoothed input is rotated before it is quantized, and the weight
     is as well; the low-rank branch sees the input itself, as everywhere.
 
+    A card may evaluate the layer in 8 bits (``ops.as_int8``), where that is faster than what the format says and
+    nearer to the 16-bit layer.
+
     Args:
         spec: shapes and format.
         tensors: the layer's tensors by their name inside the layer.
+
+    Attributes:
+        exact: evaluate what the format says, on any card.
     """
 
     def __init__(self, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]):
@@ -148,7 +130,7 @@ class SVDQLinear(torch.nn.Module):
         self.out_features = spec.out_features
         self.rank = spec.rank
         self.act_unsigned = spec.act_unsigned
-        self._arithmetic = _ARITHMETIC[spec.format]
+        self.exact = False
         for name in spec.tensors:
             parameter = torch.nn.Parameter(tensors[name], requires_grad=False)
             self.register_parameter(name, parameter)
@@ -191,6 +173,7 @@ class SVDQLinear(torch.nn.Module):
         else:
             self._adapters[slot] = adapter
         adapters = [self._adapters[name] for name in sorted(self._adapters)]
+        release((self.weight,))
         self.adapted_down = self._extended("proj_down", [a.down for a in adapters if a.down.shape[1]])
         self.adapted_up = self._extended("proj_up", [a.up for a in adapters if a.up.shape[1]])
         deltas = [a.delta.to(self.weight.device) for a in adapters if a.delta is not None]
@@ -220,10 +203,7 @@ class SVDQLinear(torch.nn.Module):
 
     def _residual(self) -> torch.Tensor:
         """(N, K) float32: the quantized part of the weight, smoothing and rotation undone."""
-        weight = self._arithmetic.weight(dict(self.named_parameters(recurse=False)))
-        if self.spec.rotated:
-            weight = hadamard.rotate(weight)
-        return weight / self.smooth_factor.float() if self.spec.layout.low_rank else weight
+        return quantized_part(self.spec.format, dict(self.named_parameters(recurse=False)), self.spec.rotated)
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
@@ -234,12 +214,26 @@ class SVDQLinear(torch.nn.Module):
             for name, tensor in tensors.items()
         }
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = self._arithmetic.linear(rows, cast, self.spec)
+        linear = _as_int8 if self._runs_as_int8(rows, cast) else _LINEAR[self.spec.format]
+        y = linear(rows, cast, self.spec)
         if not self.spec.layout.low_rank and cast["proj_up"] is not None:
             y = y + rows @ cast["proj_down"] @ cast["proj_up"].t()
         if cast["delta"] is not None:
             y = y + torch.nn.functional.linear(rows, cast["delta"])
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _runs_as_int8(self, rows: torch.Tensor, tensors: _Tensors) -> bool:
+        """Whether this call is evaluated in 8 bits.
+
+        Tensors that were moved or cast for it alone are no base for an image that is worth keeping.
+        """
+        return (
+            not self.exact
+            and self.spec.format in _FOUR_BITS
+            and rows.dtype == self.spec.dtype
+            and tensors["weight"] is self.weight
+            and prefers_int8(rows.device, self.out_features, self.in_features)
+        )
 
     def _extended(self, branch: str, extra: list[torch.Tensor]) -> torch.Tensor | None:
         if not extra:

@@ -17,8 +17,12 @@ from .patcher import SVDQuantModelPatcher
 REPORT = "svdquant_report"  # attachment of the patcher: the file's report, for Inspect
 
 
-def load_quantized(path: str | PathLike) -> SVDQuantModelPatcher:
+def load_quantized(path: str | PathLike, exact: bool = False) -> SVDQuantModelPatcher:
     """Load a quantized denoiser; no GPU memory is taken before the host asks for it.
+
+    Args:
+        path: of the file.
+        exact: evaluate layers as the file says, on any card (``SVDQLinear.exact``).
 
     Raises:
         CheckpointError: the file is damaged, not quantized, of an unknown family, or does not fit the
@@ -42,7 +46,7 @@ def load_quantized(path: str | PathLike) -> SVDQuantModelPatcher:
     model = patcher.model
     compute = model.manual_cast_dtype or model.get_dtype()
     for name in checkpoint.layers:
-        _replace(checkpoint, name, model.diffusion_model, compute)
+        _replace(checkpoint, name, model.diffusion_model, compute).exact = exact
     # Newer hosts rename some tensors as they load them.
     provided = set(model.model_config.process_unet_state_dict(state_dict))
     _check_complete(checkpoint, model.diffusion_model, provided)
@@ -62,7 +66,7 @@ def _host_load(state_dict):
     return load(state_dict, **options)
 
 
-def _replace(checkpoint, name, diffusion_model, compute) -> None:
+def _replace(checkpoint, name, diffusion_model, compute) -> QuantizedLinear:
     spec = checkpoint.layers[name]
     parent, _, child = name.rpartition(".")
     try:
@@ -79,7 +83,9 @@ def _replace(checkpoint, name, diffusion_model, compute) -> None:
     if compute in (torch.bfloat16, torch.float16):
         tensors = {key: tensor if spec.keeps_dtype(key) else tensor.to(compute) for key, tensor in tensors.items()}
         spec = replace(spec, dtype=compute)
-    setattr(diffusion_model.get_submodule(parent), child, QuantizedLinear(spec, tensors))
+    layer = QuantizedLinear(spec, tensors)
+    setattr(diffusion_model.get_submodule(parent), child, layer)
+    return layer
 
 
 def _check_complete(checkpoint, diffusion_model, provided) -> None:

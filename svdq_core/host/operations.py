@@ -5,6 +5,7 @@ import comfy.ops
 import torch
 
 from ..layers import SVDQLinear
+from ..ops.cuda import release
 
 
 class DeferredOperations(comfy.ops.manual_cast):
@@ -92,6 +93,7 @@ class QuantizedLinear(SVDQLinear, comfy.ops.CastWeightBiasOp):
         stored = (bias + self._bias_shift_on(bias.device)).to(self.bias.dtype)
         if return_weight:
             return stored
+        release((self.weight,))  # what a device made of the layer may hold its bias
         if inplace_update:
             self.bias.data.copy_(stored)
         else:

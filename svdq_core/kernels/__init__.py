@@ -26,6 +26,26 @@ def status(device: torch.device) -> tuple[bool, str]:
     return _status(index)
 
 
+def prefers_int8(device: torch.device, out_features: int, in_features: int) -> bool:
+    """Whether a layer of this size is best evaluated in 8 bits (``ops.as_int8``), as on H100 and H200."""
+    return device.type == "cuda" and _prefers_int8(device.index, out_features, in_features)
+
+
+@lru_cache(maxsize=4096)
+def _prefers_int8(index: int, out_features: int, in_features: int) -> bool:
+    import torch
+
+    from . import plan
+
+    return (
+        torch.cuda.get_device_capability(index) == (9, 0)
+        and _status(index)[0]
+        and out_features % 8 == 0
+        and in_features % plan.GROUP == 0
+        and in_features <= plan.RowsBuild.most_k
+    )
+
+
 @lru_cache(maxsize=64)
 def _status(index: int) -> tuple[bool, str]:
     import torch
@@ -53,6 +73,6 @@ def _sm_note(major: int) -> str:
     if major < 9:
         return ""
     if major == 9:
-        return " (INT4 and INT8 layers run on its 8-bit tensor cores)"
+        return " (INT4, NVFP4 and INT8 layers are evaluated on its 8-bit tensor cores)"
     native = "NVFP4 runs on its 4-bit tensor cores; " if major == 12 else ""
     return f" ({native}this architecture emulates INT4 products: correct, but not fast)"

@@ -18,6 +18,32 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # this thread has not used CUDA yet
 
 
+_EARLY_IN_GRAPHS = 12030  # the version that captures such launches in graphs
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY = _LaunchAttribute(id=6, value=(ctypes.c_int * 16)(1))
+
+
 class DriverError(SVDQuantError):
     """The CUDA driver refused a call."""
 
@@ -29,9 +55,20 @@ class Launcher(Protocol):
         """Load machine code into the current context; the handle of a kernel that may use that much memory."""
 
     def launch(
-        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, stream: int, arguments: bytes
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        stream: int,
+        arguments: bytes,
+        early: bool,
     ) -> None:
-        """Start a kernel whose one parameter is a structure with these bytes."""
+        """Start a kernel whose one parameter is a structure with these bytes.
+
+        Args:
+            early: before the kernel in front of it has ended, whose results it waits for itself (Hopper and later).
+        """
 
 
 class DriverLauncher:
@@ -46,6 +83,9 @@ class DriverLauncher:
             *[ctypes.c_uint] * 7,
             *[ctypes.c_void_p] * 3,
         ]
+        version = ctypes.c_int()
+        self._check(self._driver.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
+        self._knows_early = version.value >= _EARLY_IN_GRAPHS
 
     def load(self, image: bytes, entry: str, shared_bytes: int) -> int:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -58,17 +98,29 @@ class DriverLauncher:
         return function.value
 
     def launch(
-        self, function: int, grid: tuple[int, int, int], threads: int, shared: int, stream: int, arguments: bytes
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        stream: int,
+        arguments: bytes,
+        early: bool,
     ) -> None:
         # The driver copies the structure out of the bytes object before it returns.
         parameters = ctypes.byref(ctypes.c_char_p(arguments))
-        call = (function, *grid, threads, 1, 1, shared, stream, parameters, None)
-        result = self._launch(*call)
+        if early and self._knows_early:
+            config = _LaunchConfig(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), 1)
+            start = self._driver.cuLaunchKernelEx
+            call = (ctypes.byref(config), ctypes.c_void_p(function), parameters, None)
+        else:
+            start, call = self._launch, (function, *grid, threads, 1, 1, shared, stream, parameters, None)
+        result = start(*call)
         if result == _INVALID_CONTEXT:
             import torch
 
             torch.cuda.synchronize()  # binds this thread to the device
-            result = self._launch(*call)
+            result = start(*call)
         if result:
             self._check(result, f"launching {grid} blocks of {threads} threads, {shared} bytes of shared memory")
 

@@ -48,9 +48,10 @@ class Kernel(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    early: bool = False  # it waits itself for the kernel before
 
     def launch(self, stream: int, arguments: bytes) -> None:
-        self.start(self.function, self.grid, self.threads, self.shared, stream, arguments)
+        self.start(self.function, self.grid, self.threads, self.shared, stream, arguments, self.early)
 
 
 def kernel_of(index: int, build: plan.Build, grid: tuple[int, int, int], shared: int) -> Kernel:

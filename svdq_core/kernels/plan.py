@@ -242,7 +242,7 @@ class UngroupedGemmBuild:
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""
         tiles = _ceil(m, self.tokens) * _ceil(n, self.rows * self.cluster)
-        return _turns(tiles, multiprocessors // self.cluster, half=0.9)
+        return _turns(tiles, multiprocessors // self.cluster, half=0.9 if self.nvfp4 else 0.7)
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
@@ -504,6 +504,60 @@ class Nvfp4QuantizeBuild:
 
 
 @dataclass(frozen=True)
+class RowsBuild:
+    """One build of ``csrc/quantize_rows.cu``: a cluster of blocks has ``rows`` rows, each a part of the columns."""
+
+    bf16: bool
+    cluster: int
+
+    source = "quantize_rows.cu"
+    entry = "svdq_quantize_rows"
+    rows, threads = 16, 256  # so many threads at most
+    most_k = 8 * 112 * GROUP  # of which eight blocks have room for 16 rows
+
+    def shared_bytes(self) -> int:
+        """The most dynamic shared memory that a launch asks for."""
+        return HOPPER_SHARED
+
+    def block_bytes(self, groups: int) -> int:
+        """A block's: x of its groups, rows' largest and factors, barriers."""
+        return groups * (self.rows * 128 + 8) + (self.cluster + 2) * self.rows * 4 + 8
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_CLUSTER": self.cluster}
+
+
+ROWS_CLUSTERS = (2, 4, 8)
+
+
+class RowsLaunch(NamedTuple):
+    """How ``quantize_rows.cu`` is launched; a block has ``groups`` groups of 64 columns."""
+
+    build: RowsBuild
+    blocks: int
+    warps: int
+    groups: int
+    shared: int
+
+
+@lru_cache(maxsize=4096)
+def rows_launch(multiprocessors: int, m: int, k: int, bf16: bool) -> RowsLaunch:
+    """The build for an (m, k) input, k at most ``RowsBuild.most_k``, and the shape of its launch.
+
+    Blocks are small, so that a multiprocessor holds several and some load while others compute.
+    """
+    tiles = _ceil(m, RowsBuild.rows)
+    most = ROWS_CLUSTERS[-1]
+    cluster = next((c for c in ROWS_CLUSTERS if k <= 12 * GROUP * c and tiles * c >= multiprocessors), most)
+    build, groups, blocks = RowsBuild(bf16, cluster), _ceil(k // GROUP, cluster), tiles * cluster
+    shared = build.block_bytes(groups)
+    resident = min(HOPPER_SHARED // (shared + 1024), _ceil(blocks, multiprocessors))
+    rounds = _ceil(groups, min(max(24 // max(resident, 1), 4), 8))  # registers allow 24 warps at once
+    return RowsLaunch(build, blocks, _ceil(groups, rounds), groups, shared)
+
+
+@dataclass(frozen=True)
 class Nvfp4GemmBuild:
     """One build of ``csrc/gemm_nvfp4.cu``; ``native`` where the card multiplies NVFP4 itself."""
 
@@ -581,6 +635,7 @@ Build = (
     | StatisticsBuild
     | Nvfp4QuantizeBuild
     | Nvfp4GemmBuild
+    | RowsBuild
 )
 
 
@@ -759,6 +814,7 @@ def all_builds(capability: int) -> list[Build]:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
         builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]
         builds += [GridGemmBuild(*build) for build in product((True, False), GRID_HALVES)]
+        builds += [RowsBuild(*build) for build in product((True, False), ROWS_CLUSTERS)]
     return [build for build in builds if runs_on(build, capability)]
 
 

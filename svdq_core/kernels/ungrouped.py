@@ -127,7 +127,8 @@ def _kernel(index: int, m: int, n: int, bf16: bool, nvfp4: bool) -> tuple[plan.U
     multiprocessors = card(index)[1]
     build = plan.ungrouped_build(multiprocessors, m, n, bf16, nvfp4)
     turns = build.turns(m, n, multiprocessors)
-    return build, turns.whole, kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
+    kernel = kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
+    return build, turns.whole, kernel._replace(early=True)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import plan, status
-from . import awq, fused, int4, int8, nvfp4
+from ..kernels import plan, prefers_int8, status
+from . import as_int8, awq, fused, int4, int8, nvfp4
 
 
 class _Operator(NamedTuple):
@@ -78,6 +78,16 @@ def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *op
     return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
 
 
+def _linear_as_int8(launch, x: torch.Tensor, *operands) -> torch.Tensor:
+    """A fast kernel on Hopper, and there for the sizes that a layer asks about before it comes here."""
+    weight = operands[as_int8.WEIGHT]
+    if not prefers_int8(x.device, weight.shape[0], x.shape[-1]):
+        return as_int8._linear_as_int8_reference(x, *operands)
+    from ..kernels import rows
+
+    return rows.linear(x, *as_int8.kept_image(operands[: as_int8.OPERANDS], *operands[as_int8.OPERANDS :]))
+
+
 def _linear_awq(_launch, *operands) -> torch.Tensor:
     from ..kernels import awq as kernels
 
@@ -133,6 +143,7 @@ _OPERATORS = {
         5,
     ),
     "linear_int8": _Operator(int8._linear_int8_reference, _linear_int8, 0),
+    "linear_as_int8": _Operator(as_int8._linear_as_int8_reference, _linear_as_int8, 0),
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
     "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
     "feed_forward_nvfp4": _Operator(nvfp4._feed_forward_nvfp4_reference, _feed_forward_nvfp4, 0),
@@ -157,6 +168,7 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
 
     for tensor in tensors:
         hopper.forget(tensor)
+        as_int8.forget(tensor)
 
 
 @lru_cache(maxsize=256)

@@ -88,6 +88,7 @@ def rotated_input(layer, x):
 
 
 def test_a_rotated_layer_quantizes_the_rotated_input():
+    torch.manual_seed(0)  # one code on the other side of a tie would be half of the tolerance
     layer, x = make_rotated_layer(), torch.randn(7, 192)
     inside = rotated_input(layer, x)
     codes, scale = int4.quantize_groups(inside.float())

@@ -68,6 +68,14 @@ def test_a_loaded_model_draws_nearly_the_16_bit_image(host, flux_files):
     assert 0 < error < 0.15
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_layers_are_told_how_to_evaluate(host, flux_files, exact):
+    from svdq_core.host.loader import load_quantized
+
+    model = load_quantized(flux_files.quantized, exact)
+    assert {layer.exact for _, layer in model.quantized_layers()} == {exact}
+
+
 def test_only_the_layers_in_the_file_are_quantized(host, flux_files):
     model = host.load(flux_files.quantized)
     names = {key.removeprefix("diffusion_model.") for key, _ in model.quantized_layers()}

@@ -132,6 +132,11 @@ def test_quantize_load_and_sample_in_one_graph(server, models):
     exact = latent_of(server, result, reference)
     assert 0 < torch.linalg.norm(latent - exact) < 0.2 * torch.linalg.norm(exact)
 
+    stored = Graph()
+    loader = stored.add("SVDQuantModelLoader", model_name="made/small_int4.safetensors", evaluation="as stored")
+    again = sampled(stored, loader[0], "stored")
+    assert torch.equal(latent, latent_of(server, server.run(stored), again)), "the same, but on H100 and H200"
+
 
 @pytest.mark.parametrize("recipe", ["fast", "balanced"])
 def test_the_command_line_gives_the_same_bytes(server, models, tmp_path, recipe):

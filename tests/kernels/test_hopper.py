@@ -99,6 +99,27 @@ def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, output: int, tmp_pa
     assert mix["HMMA"] == 8 * rank_tiles, "two groups at once, 16 ranks and 8 rows a product"
 
 
+@pytest.mark.parametrize("cluster", plan.ROWS_CLUSTERS)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_rows_are_held_and_told_without_fences(bf16: bool, cluster: int, tmp_path: Path) -> None:
+    mix = sass.mix(disassembled(plan.RowsBuild(bf16, cluster), plan.HOPPER, tmp_path))
+    assert mix["HMMA"] == 8, "a rotation of 16 rows and 64 columns"
+    assert mix["STAS"] == 1 and mix["UTMALDG"] == 1
+    assert not {"LDL", "STL", "MEMBAR"} & set(mix)
+
+
+def test_rows_fit_their_clusters() -> None:
+    for m, k in itertools.product((1, 77, 512, 4608), (64, 640, 3072, 15360, plan.RowsBuild.most_k)):
+        launch = plan.rows_launch(132, m, k, True)
+        assert launch.build in plan.all_builds(plan.HOPPER)
+        assert launch.blocks % launch.build.cluster == 0
+        assert launch.blocks // launch.build.cluster * launch.build.rows >= m
+        assert launch.groups * launch.build.cluster * plan.GROUP >= k
+        assert 1 <= launch.warps <= min(launch.groups, launch.build.threads // 32)
+        assert launch.shared <= launch.build.shared_bytes()
+        assert launch.warps * 32 >= 4 * launch.build.cluster, "a thread for four of each block's rows"
+
+
 def unswizzled(image: torch.Tensor) -> torch.Tensor:
     """(stages, rows, 128 bytes) -> (rows, K) in the order of the kernel's columns, swizzle undone."""
     stages, rows, _ = image.shape

@@ -1,0 +1,163 @@
+"""Layers evaluated in 8 bits on a Hopper card, against the reference and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svdq_core.formats.comfy_quant import SVDQUANT_NVFP4, SVDQUANT_W4A4
+from svdq_core.kernels import plan, rows
+from svdq_core.numerics import int4, nvfp4
+from svdq_core.ops import as_int8
+from svdq_core.ops.as_int8 import linear_as_int8
+from svdq_core.ops.cuda import register
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="needs sm_90")]
+DTYPES = [torch.bfloat16, torch.float16]
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
+FORMS = {"int4": (SVDQUANT_W4A4, False), "unsigned": (SVDQUANT_W4A4, True), "nvfp4": (SVDQUANT_NVFP4, False)}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+def operands(m: int, k: int, n: int, rank: int, dtype: torch.dtype, form: str = "int4", bias: bool = True) -> list:
+    """Of the operator; rows of x differ a hundredfold, some channels are outliers."""
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    layer_format, unsigned = FORMS[form]
+    x = torch.randn(m, k, device="cuda") * torch.randn(m, 1, device="cuda").exp2()
+    x[:, ::37] *= 8
+    if layer_format == SVDQUANT_W4A4:
+        weight = int4.pack(torch.randint(-7, 8, (n, k), device="cuda", dtype=torch.int8))
+        scales = [random(k // 64, n, scale=0.1), None, None]
+    else:
+        weight = int4.pack(torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8))
+        scale = torch.rand(k // nvfp4.GROUP_SIZE, n, device="cuda").mul(300).to(nvfp4.SCALE_DTYPE)
+        scales = [scale, torch.tensor(1e-3, device="cuda"), random(n).abs() + 0.1]
+    smooth, down, up = (torch.rand(k, device="cuda") + 0.5).to(dtype), random(k, rank), random(n, rank, scale=0.1)
+    return [x.to(dtype), smooth, down, weight, *scales, up, random(n) if bias else None, layer_format, unsigned, False]
+
+
+def codes_of(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's, after a check that they are the reference's.
+
+    Sums of a rotation in another order are another 16-bit number once in a while, and then the code next to it.
+    """
+    codes, scale = rows.quantize(x, inverse)
+    want, want_scale = as_int8.quantize_input(x, inverse)
+    torch.testing.assert_close(scale, want_scale.flatten(), rtol=1e-6, atol=0)
+    difference = (codes.int() - want.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).sum() <= 9 + 2e-3 * codes.numel()
+    return codes.double(), scale.double()[:, None]
+
+
+def exact(o: list) -> torch.Tensor:
+    """The layer in float64, of the kernel's codes."""
+    image = as_int8.image(tuple(o[1:9]), *o[9:])
+    codes, scale = codes_of(o[0], image.inverse)
+    y = codes @ image.weight.double().t() * scale * image.weight_scale.double()
+    return y if image.bias is None else y + image.bias.double()
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.isfinite(out).all()
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (7, 3072), (77, 192), (513, 1280), (33, 15360), (4608, 3072)])
+def test_codes_are_the_reference_s(m: int, k: int, dtype: torch.dtype) -> None:
+    o = operands(m, k, 8, 0, dtype)
+    inverse = 1 / o[1]
+    if m > 1:
+        o[0][m // 2] = 0
+    torch.full((m, k), 85, dtype=torch.int8, device="cuda")  # what is not written must not read as zeros
+    codes_of(o[0], inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_cluster_s_codes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = operands(50, 1600, 8, 0, dtype)
+    found = []
+    for cluster in plan.ROWS_CLUSTERS:
+        monkeypatch.setattr(plan, "ROWS_CLUSTERS", (cluster,))
+        plan.rows_launch.cache_clear()
+        rows._kernel.cache_clear()
+        found.append(rows.quantize(o[0], o[1]))
+    plan.rows_launch.cache_clear()
+    rows._kernel.cache_clear()
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(found[0], pair, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [8, 200, 3072])
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (7, 192), (77, 3072), (300, 320), (4608, 3072)])
+def test_layer(m: int, k: int, n: int, form: str, dtype: torch.dtype) -> None:
+    o = operands(m, k, n, 32, dtype, form)
+    torch.full((m, n), float("nan"), dtype=dtype, device="cuda")  # what is not written must not read as zeros
+    first, second = linear_as_int8(*o), linear_as_int8(*o)
+    assert error(first, exact(o)) < TOLERANCE[dtype]
+    assert torch.equal(first, second), "the same bits every time"
+
+
+@pytest.mark.parametrize("rank", [0, 16, 128])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_rank(rank: int, bias: bool) -> None:
+    o = operands(77, 640, 328, rank, torch.bfloat16, bias=bias)
+    assert error(linear_as_int8(*o), exact(o)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_values_stay_finite(dtype: torch.dtype) -> None:
+    o = operands(40, 640, 64, 0, dtype, bias=False)
+    o[0][3] = torch.finfo(dtype).max
+    o[0][4, ::3] = -torch.finfo(dtype).max
+    codes_of(o[0], torch.full_like(o[1], 4))
+    assert torch.isfinite(linear_as_int8(*o)).all()
+
+
+def test_the_image_is_made_again_when_an_operand_changes() -> None:
+    o = operands(9, 128, 64, 16, torch.bfloat16, "unsigned")
+    weight = o[3]
+    assert as_int8.memory(weight) == 0
+    before = linear_as_int8(*o)
+    assert as_int8.memory(weight) > 64 * 128
+    for changed in (1, 2, 3, 4, 7, 8):
+        o[changed].copy_(o[changed].flip(0))
+        after = linear_as_int8(*o)
+        assert not torch.equal(after, before) and error(after, exact(o)) < TOLERANCE[torch.bfloat16]
+        before = after
+    o[7] = o[7] * 2  # as an adapter replaces a branch
+    assert error(linear_as_int8(*o), exact(o)) < TOLERANCE[torch.bfloat16]
+    as_int8.forget(weight)
+    assert as_int8.memory(weight) == 0
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_in_a_graph(warm: bool) -> None:
+    o = operands(130, 640, 328, 16, torch.bfloat16)
+    if warm:
+        linear_as_int8(*o)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        linear_as_int8(*operands(130, 640, 328, 16, torch.bfloat16))  # what is compiled or allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = linear_as_int8(*o)
+    o[0].copy_(torch.randn_like(o[0]))
+    graph.replay()
+    assert error(out, exact(o)) < TOLERANCE[torch.bfloat16]
+
+
+def test_compiled() -> None:
+    o = operands(130, 640, 328, 16, torch.bfloat16)
+    compiled = torch.compile(lambda x: linear_as_int8(x, *o[1:]) * 2, fullgraph=True)
+    assert torch.equal(compiled(o[0]), linear_as_int8(*o) * 2)
