@@ -170,8 +170,7 @@ def measure(shape: Shape, scale: float, seed: int, device: torch.device) -> dict
     """Relative output error on unseen rows, and seconds, by method."""
     layer = SyntheticLayer(shape, scale, seed, device)
     statistics = LayerStatistics(layer.spec.in_features, ROWS_KEPT, seed)
-    statistics.observe(layer.inputs(ROWS_SEEN))
-    statistics.settle()
+    statistics.observe(layer.inputs(ROWS_SEEN).cpu())
     x = layer.inputs(ROWS_JUDGED).float()
     exact = torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float())
     found = {}

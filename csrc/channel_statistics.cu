@@ -2,15 +2,12 @@
 // earlier inputs: what calibration watches, with one pass over x.
 //
 //                  256 columns
-//               +---------------+--- . . .     A block has a slice of the rows and 256 columns: a
-//               warp
-//     a slice   | warp 0, 8, .. |              reads whole lines of 512 bytes, a lane eight columns
-//     of of rows   | warp 1, 9, .. |              each. What the warps found is put together in
-//     shared
-//               |  .  .  .      |              memory, one column a thread; what the slices found,
-//               by
-//               +---------------+--- . . .     the block of these columns that finishes last, in
-//               the |               |              order of the slices: the same bits every time.
+//                +---------------+--- . .     A block has a slice of the rows and 256 columns: a
+//     a slice    | warp 0, 8, .. |            warp reads whole lines of 512 bytes, a lane eight
+//     of the     | warp 1, 9, .. |            columns each. What the warps found is put together
+//     rows       |  .  .  .      |            in shared memory, one column a thread; what the
+//                +---------------+--- . .     slices found, by the block of these columns that
+//                |               |            finishes last, in order: the same bits every time.
 //
 // A NaN in x makes the sum of its column's squares NaN for good, and with it the extremes, which
 // would forget it. Infinities need no such help.
@@ -19,6 +16,7 @@
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kColumns = 256;
+constexpr int kAhead = 8;  // rows whose loads are on their way at once
 constexpr int kMinimum = 0, kMaximum = 1, kSquares = 2, kKinds = 3;
 
 struct Arguments {
@@ -48,6 +46,15 @@ struct Found {
     }
 };
 
+// In the order of the source, which the compiler would not keep.
+SVDQ_DEVICE uint4 load16(const u16* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(const Arguments p) {
@@ -59,17 +66,28 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
               column = blockIdx.x * kColumns + threadIdx.x;
 
     Found mine[8];
-    if (eight < p.k) {
-#pragma unroll 4
-        for (int row = first + warp; row < last; row += kWarps) {
-            const uint4 v = *(const uint4*)(p.x + (u64)row * p.k + eight);
-            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+    const auto take = [&](const uint4& v) {
+        const u32 pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                mine[2 * i].take(T::low(pairs[i]));
-                mine[2 * i + 1].take(T::high(pairs[i]));
-            }
+        for (int i = 0; i < 4; ++i) {
+            mine[2 * i].take(T::low(pairs[i]));
+            mine[2 * i + 1].take(T::high(pairs[i]));
         }
+    };
+    if (eight < p.k) {
+        const u16* x = p.x + eight;
+        int row = first + warp;
+        for (; row + (kAhead - 1) * kWarps < last; row += kAhead * kWarps) {
+            uint4 v[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                v[i] = load16(x + (u64)(row + i * kWarps) * p.k);
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                take(v[i]);
+        }
+        for (; row < last; row += kWarps)
+            take(load16(x + (u64)row * p.k));
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -107,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
     __threadfence();
     float minimum = p.minimum[column], maximum = p.maximum[column];
     double squares = p.square_sum[column];
+#pragma unroll 8  // many loads on their way at once
     for (u32 slice = 0; slice < gridDim.y; ++slice) {
         const float* from = p.partial + (u64)slice * p.k + column;
         minimum = fminf(minimum, __ldcg(from + kMinimum * kind));

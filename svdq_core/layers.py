@@ -225,13 +225,14 @@ class SVDQLinear(torch.nn.Module):
     def _runs_as_int8(self, rows: torch.Tensor, tensors: _Tensors) -> bool:
         """Whether this call is evaluated in 8 bits.
 
-        Tensors that were moved or cast for it alone are no base for an image that is worth keeping.
+        Tensors that were moved, cast or patched for it alone are no base for an image that is worth keeping.
         """
         return (
             not self.exact
             and self.spec.format in _FOUR_BITS
             and rows.dtype == self.spec.dtype
             and tensors["weight"] is self.weight
+            and tensors["bias"] is self.bias
             and prefers_int8(rows.device, self.out_features, self.in_features)
         )
 

@@ -31,6 +31,11 @@ def prefers_int8(device: torch.device, out_features: int, in_features: int) -> b
     return device.type == "cuda" and _prefers_int8(device.index, out_features, in_features)
 
 
+# A layer asks while torch.compile traces it, which cannot enter the driver: the answer is a constant of the graph.
+# As torch.compiler.assume_constant_result marks it, without its import of all of the compiler, a second's work.
+prefers_int8._dynamo_marked_constant = True
+
+
 @lru_cache(maxsize=4096)
 def _prefers_int8(index: int, out_features: int, in_features: int) -> bool:
     import torch

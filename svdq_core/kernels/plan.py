@@ -612,9 +612,9 @@ class StatisticsBuild:
         return 0
 
     def grid(self, m: int, k: int, multiprocessors: int) -> tuple[tuple[int, int, int], int]:
-        """Blocks, about four for each multiprocessor, and the rows of a slice."""
+        """Blocks, about three for each multiprocessor, and the rows of a slice."""
         columns = _ceil(k, self.columns)
-        slices = min(_ceil(4 * multiprocessors, columns), _ceil(m, self.rows))
+        slices = min(_ceil(3 * multiprocessors, columns), _ceil(m, self.rows))
         slice_rows = _ceil(_ceil(m, slices), self.rows) * self.rows
         return (columns, _ceil(m, slice_rows), 1), slice_rows
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from os import PathLike
 
@@ -15,19 +16,20 @@ from ..formats.safetensors_file import SafetensorsFile, SafetensorsWriter, Tenso
 from ..kernels import status
 
 _KEY = "svdquant_calibration"
-_IN_FLIGHT = 8  # layers whose rows are on their way from the device, in pinned memory
+_TOGETHER = 2**26  # bytes of rows that come from a device in one copy
 
 
 class LayerStatistics:
     """Running statistics of one layer's input.
 
     Every row gets a random priority and the ``rows`` with the highest stay: a uniform sample of all
-    rows seen (reservoir sampling), the same for the same seed and order.
+    rows seen (reservoir sampling), the same for the same seed and order, on any device.
 
     Attributes:
         minimum, maximum: (K,) float32, per channel.
         square_sum: (K,) float64, of each channel's squares; ``second_moment`` is their mean.
         sample: (R, K) bf16, R at most ``capacity``.
+        priority: (R,) float32.
         count: rows seen.
     """
 
@@ -36,40 +38,50 @@ class LayerStatistics:
         self.minimum = torch.full((in_features,), torch.inf)
         self.maximum = torch.full((in_features,), -torch.inf)
         self.square_sum = torch.zeros(in_features, dtype=torch.float64)
-        self.sample = torch.empty((0, in_features), dtype=torch.bfloat16)
+        self._rows = torch.empty((capacity, in_features), dtype=torch.bfloat16)  # takes no memory until it is used
         self.priority = torch.empty(0)
         self.count = 0
         self._capacity = capacity
-        self._random = torch.Generator().manual_seed(seed)
-        self._lowest = 0.0  # of the kept priorities, once the sample is full; rows below it need no drawing
-        self._arriving: list[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = []
+        self._random = numpy.random.default_rng(seed)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        return self._rows[: len(self.priority)]
+
+    @sample.setter
+    def sample(self, rows: torch.Tensor) -> None:
+        self._rows = torch.cat((rows, rows.new_empty((max(self._capacity - len(rows), 0), rows.shape[1]))))
 
     @property
     def second_moment(self) -> torch.Tensor:
         """(K,) float32: the mean square of each channel over all rows seen."""
         return (self.square_sum / self.count).float()
 
-    def observe(self, x: torch.Tensor) -> None:
+    def observe(self, x: torch.Tensor) -> tuple[torch.Tensor, numpy.ndarray] | None:
         """Take in one batch of inputs, (..., K), on any device.
 
-        Nothing here waits for a CUDA device; ``settle`` before the sample is looked at.
+        Nothing here waits for a CUDA device: where a row will stand is decided without looking at it.
+
+        Returns:
+            Rows that are still on a device and must be ``put`` where the second says, in the order of calls.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         self._take_in(rows)
-        keep, priority = self._draw(rows.shape[0])
+        new, places = self._choose(rows.shape[0])
         self.count += rows.shape[0]
-        if not len(keep):
-            return
-        sampled = rows[keep.to(rows.device, non_blocking=True)].to(torch.bfloat16)
+        if not len(new):
+            return None
+        chosen = rows.index_select(0, torch.from_numpy(new).to(rows.device, non_blocking=True)).to(torch.bfloat16)
         if rows.is_cuda:
-            self._fetch(sampled, priority)
-        else:
-            self._merge_sample(sampled.cpu(), priority)
+            return chosen, places
+        self.put(chosen, places)
+        return None
 
     def _take_in(self, rows: torch.Tensor) -> None:
         """Update ranges and squares. NaN propagates, so bad inputs are found at the end without a sync here."""
-        for name in ("minimum", "maximum", "square_sum"):
-            setattr(self, name, getattr(self, name).to(rows.device))
+        if self.minimum.device != rows.device:
+            for name in ("minimum", "maximum", "square_sum"):
+                setattr(self, name, getattr(self, name).to(rows.device))
         if rows.is_cuda and status(rows.device)[0]:
             from ..kernels import statistics as kernel
 
@@ -85,45 +97,45 @@ class LayerStatistics:
             squares = rows.float().square().sum(dim=0).double()
         self.square_sum = self.square_sum + squares
 
-    def _fetch(self, sampled: torch.Tensor, priority: torch.Tensor) -> None:
-        """Start copying rows to the host, on a stream of its own: what computes does not wait for it."""
-        copies, now = _copy_stream(sampled.device), torch.cuda.current_stream(sampled.device)
-        copies.wait_stream(now)
-        arriving = torch.empty(sampled.shape, dtype=torch.bfloat16, pin_memory=True)
-        with torch.cuda.stream(copies):
-            arriving.copy_(sampled, non_blocking=True)
-        sampled.record_stream(copies)
-        self._arriving.append((arriving, priority, copies.record_event()))
+    def _choose(self, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Which of so many new rows are kept, and where in the sample.
 
-    def _draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of so many new rows may be kept, and their priorities.
-
-        Those are uniform, but only rows above the lowest kept one matter. The gaps between such rows are geometric,
-        so that few random numbers are drawn once many rows were seen.
+        Priorities are uniform, but only rows above the lowest kept one matter. The gaps between such rows are
+        geometric, so that few random numbers are drawn once many rows were seen.
         """
-        if self._lowest == 0:
-            priority = torch.rand(count, generator=self._random)
-            keep = torch.topk(priority, min(self._capacity, count)).indices
-            return keep, priority[keep]
-        share = max(1 - self._lowest, 2.0**-24)
-        most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
-        gaps = torch.empty(most).geometric_(share, generator=self._random)
-        keep = gaps.numpy().cumsum(dtype="int64") - 1
-        keep = torch.from_numpy(keep[keep < count])
-        return keep, 1 - share * torch.rand(len(keep), generator=self._random)
+        if len(self.priority) < self._capacity:
+            new, priority = numpy.arange(count), self._random.random(count, dtype=numpy.float32)
+        else:
+            share = max(1 - float(self.priority.numpy().min()), 2.0**-24)
+            most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
+            new = self._random.geometric(share, most).cumsum() - 1
+            new = new[new < count]
+            priority = (1 - share * self._random.random(len(new))).astype(numpy.float32)
+        entering, places = self._admit(priority)
+        return new[entering], places
 
-    @property
-    def settled(self) -> bool:
-        """Whether all rows to keep have come from the device."""
-        return not self._arriving
+    @torch.inference_mode(False)
+    def _admit(self, priority: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Which rows of these priorities are among the highest, and whose places they take."""
+        before = len(self.priority)
+        ranks = numpy.concatenate((self.priority.numpy(), priority))
+        stays = numpy.ones(len(ranks), dtype=bool)
+        if len(ranks) > self._capacity:
+            stays[ranks.argpartition(-self._capacity)[: -self._capacity]] = False
+        entering, left = stays[before:].nonzero()[0], (~stays[:before]).nonzero()[0]
+        grown = len(entering) - len(left)
+        if grown:
+            self.priority = torch.cat((self.priority, torch.empty(grown)))
+        places = numpy.concatenate((left, numpy.arange(before, before + grown)))
+        self.priority.numpy()[places] = priority[entering]
+        return entering, places
 
-    def settle(self) -> None:
-        """Wait for rows that are still on their way from the device."""
-        for rows, priority, arrived in self._arriving:
-            arrived.synchronize()
-            self._merge_sample(rows, priority)
-        self._arriving.clear()
+    def put(self, rows: torch.Tensor, places: numpy.ndarray) -> None:
+        """Rows that were chosen, (R, K) bf16 on the CPU, into the sample."""
+        # Through numpy, which copies rows several times as fast as torch's indexing does on the CPU.
+        self._rows.view(torch.int16).numpy()[places] = rows.view(torch.int16).numpy()
 
+    @torch.inference_mode(False)
     def merge(self, other: "LayerStatistics") -> None:
         """Take in what another run saw of the same layer.
 
@@ -133,7 +145,10 @@ class LayerStatistics:
         self.minimum = torch.minimum(self.minimum.cpu(), other.minimum.cpu())
         self.maximum = torch.maximum(self.maximum.cpu(), other.maximum.cpu())
         self.square_sum = self.square_sum.cpu() + other.square_sum.cpu()
-        self._merge_sample(other.sample, other.priority)
+        highest = torch.topk(self.priority, min(self._capacity, len(self.priority))).indices.sort().values
+        self.sample, self.priority = self.sample[highest], self.priority[highest]
+        entering, places = self._admit(other.priority.numpy())
+        self.put(other.sample[torch.from_numpy(entering)], places)
         self.count += other.count
 
     def check(self, layer: str) -> None:
@@ -146,28 +161,51 @@ class LayerStatistics:
                 "16-bit model gives a clean image with the same sampler settings."
             )
 
-    @torch.inference_mode(False)
-    def _merge_sample(self, sample: torch.Tensor, priority: torch.Tensor) -> None:
-        """Let new rows take the places of those with a lower priority, which are few after the first batches."""
-        if not len(priority):
-            return
-        before, ranks = len(self.priority), numpy.concatenate((self.priority.numpy(), priority.numpy()))
-        keep = numpy.zeros(len(ranks), dtype=bool)
-        keep[ranks.argsort()[-self._capacity :]] = True
-        places, new = (~keep[:before]).nonzero()[0], keep[before:].nonzero()[0]
-        filled = min(len(places), len(new))
-        self.priority.numpy()[places[:filled]] = priority.numpy()[new[:filled]]
-        # Row by row through numpy: five times as fast as torch's indexing of bf16 on the CPU.
-        held, arrived = self.sample.view(torch.int16).numpy(), sample.view(torch.int16).numpy()
-        for place, row in zip(places[:filled].tolist(), new[:filled].tolist(), strict=True):
-            held[place] = arrived[row]
-        if len(new) != len(places):  # the sample still grows, or its capacity has shrunk
-            stay = torch.ones(before, dtype=torch.bool)
-            stay[torch.from_numpy(places[filled:])] = False
-            grown = torch.from_numpy(new[filled:])
-            self.sample = torch.cat((self.sample[stay], sample[grown]))
-            self.priority = torch.cat((self.priority[stay], priority[grown]))
-        self._lowest = float(self.priority.numpy().min()) if len(self.priority) == self._capacity else 0.0
+
+class _Arrivals:
+    """Rows on their way from a CUDA device to their layers: many in one copy, on a stream and a thread of their own."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[LayerStatistics, torch.Tensor, numpy.ndarray]] = []
+        self._nbytes = 0
+        self._sent: deque[Future] = deque()
+
+    def add(self, layer: LayerStatistics, rows: torch.Tensor, places: numpy.ndarray) -> None:
+        """Rows (R, K) bf16 on a device."""
+        self._waiting.append((layer, rows, places))
+        self._nbytes += rows.nbytes
+        if self._nbytes >= _TOGETHER:
+            self._send()
+
+    def _send(self) -> None:
+        waiting, self._waiting, self._nbytes = self._waiting, [], 0
+        while len(self._sent) > 1:
+            self._sent.popleft().result()
+        device = waiting[0][1].device
+        together = torch.cat([rows.flatten() for _, rows, _ in waiting])
+        copies = _copy_stream(device)
+        copies.wait_stream(torch.cuda.current_stream(device))
+        arriving = torch.empty(together.shape, dtype=torch.bfloat16, pin_memory=True)
+        with torch.cuda.stream(copies):
+            arriving.copy_(together, non_blocking=True)
+        together.record_stream(copies)
+        arrived = copies.record_event()
+        places = [(layer, tuple(rows.shape), places) for layer, rows, places in waiting]
+
+        def put() -> None:
+            arrived.synchronize()
+            sizes = [rows * columns for _, (rows, columns), _ in places]
+            for (layer, shape, where), rows in zip(places, arriving.split(sizes), strict=True):
+                layer.put(rows.view(shape), where)
+
+        self._sent.append(_thread().submit(put))
+
+    def settle(self) -> None:
+        """Wait for all of them."""
+        if self._waiting:
+            self._send()
+        while self._sent:
+            self._sent.popleft().result()
 
 
 class Calibration:
@@ -182,22 +220,19 @@ class Calibration:
         self.seed = seed
         self.rows = rows
         self.layers: dict[str, LayerStatistics] = {}
-        self._in_flight: deque[LayerStatistics] = deque()
+        self._arrivals = _Arrivals()
 
     def observe(self, layer: str, x: torch.Tensor) -> None:
         """Take in an input of a layer."""
         if layer not in self.layers:
             self.layers[layer] = self._new_layer(layer, x.shape[-1])
-        self.layers[layer].observe(x)
-        if not self.layers[layer].settled:
-            self._in_flight.append(self.layers[layer])
-        if len(self._in_flight) > _IN_FLIGHT:
-            self._in_flight.popleft().settle()
+        chosen = self.layers[layer].observe(x)
+        if chosen is not None:
+            self._arrivals.add(self.layers[layer], *chosen)
 
     def settle(self) -> None:
-        """Wait for rows that are still on their way from the device."""
-        while self._in_flight:
-            self._in_flight.popleft().settle()
+        """Wait for rows that are still on their way from a device: before a sample is looked at."""
+        self._arrivals.settle()
 
     def check(self, layers: Iterable[str]) -> None:
         """Raise LayerError unless every layer of ``layers`` has clean statistics, all of them here."""
@@ -296,6 +331,12 @@ class Calibration:
 @lru_cache(maxsize=64)
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@lru_cache(maxsize=1)
+def _thread() -> ThreadPoolExecutor:
+    """One, so that rows are put down in the order in which they were chosen."""
+    return ThreadPoolExecutor(1, "svdquant-calibration")
 
 
 def layer_seed(seed: int, layer: str) -> int:

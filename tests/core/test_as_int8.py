@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from svdq_core import layers
 from svdq_core.formats.comfy_quant import LAYOUTS, SVDQUANT_NVFP4, SVDQUANT_W4A4, LayerSpec
 from svdq_core.formats.weights import of_outputs, quantized_part
+from svdq_core.kernels import prefers_int8
 from svdq_core.layers import Adapter, SVDQLinear
 from svdq_core.numerics import hadamard, int8
 from svdq_core.ops import as_int8
@@ -76,8 +77,28 @@ def test_who_evaluates_in_8_bits(monkeypatch):
     assert not torch.equal(layer(x.half()).bfloat16(), layer(x)), "cast for one call: as the format says"
     moved = {name: tensor.clone() if tensor is not None else None for name, tensor in layer.active_tensors().items()}
     assert torch.equal(layer._evaluate(x, moved), exact), "moved for one call: as the format says"
+    patched = layer.active_tensors() | {"bias": layer.bias.clone()}
+    assert torch.equal(layer._evaluate(x, patched), exact), "patched for one call: likewise"
     layer.exact = True
     assert torch.equal(layer(x), exact)
+
+
+def test_torch_compile_asks_once_and_does_not_look_inside(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    ask = lambda x: x + prefers_int8(torch.device("cuda", 0), 1, 1)  # noqa: E731
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(ask, fullgraph=True, backend="eager")(x), ask(x))
+
+
+@pytest.mark.usefixtures("in_8_bits")
+@pytest.mark.parametrize("layer_format", [SVDQUANT_W4A4, SVDQUANT_NVFP4])
+def test_a_compiled_layer_is_the_layer(layer_format):
+    layer, x = make(NAMES[1], layer_format), small_flux.inputs(NAMES[1], rows=5).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    in_8_bits = layer(x)
+    assert torch.equal(compiled(x), in_8_bits)
+    layer.exact = True
+    assert torch.equal(compiled(x), layer(x)) and not torch.equal(layer(x), in_8_bits)
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from svdq_core import layers
 from svdq_core.formats.comfy_quant import LAYOUTS, METADATA_KEY, LayerSpec, QuantizedCheckpoint
 from svdq_core.layers import SVDQLinear
 from svdq_core.numerics.nf4 import CODEBOOK
@@ -158,6 +159,43 @@ def test_each_formula_is_what_a_layer_computes(tmp_path, precision, rotated):
         computed = SVDQLinear(spec, tensors)(x).double()
         written = output(spec.format, tensors, x.double(), spec.act_unsigned, spec.rotated)
         assert torch.linalg.norm(computed - written) < 2e-3 * torch.linalg.norm(written), name
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_the_8_bit_formula_is_what_a_layer_computes(tmp_path, precision, monkeypatch):
+    monkeypatch.setattr(layers, "prefers_int8", lambda *_: True)  # as H100 and H200 do
+    save_file(small_flux.state_dict(), tmp_path / "full.safetensors")
+    quantize_checkpoint(
+        FileSource(tmp_path / "full.safetensors"), tmp_path / "4bit.safetensors", Settings(precision, "fast")
+    )
+    checkpoint = QuantizedCheckpoint(tmp_path / "4bit.safetensors")
+    for name in small_flux.body_layers():
+        spec, tensors = checkpoint.layers[name], checkpoint.read_layer(name)
+        random = torch.rand(spec.in_features, generator=torch.Generator().manual_seed(2))
+        tensors["smooth_factor"] = (random + 0.5).to(spec.dtype)
+        x = small_flux.inputs(name, rows=32).to(spec.dtype)
+        computed = SVDQLinear(spec, tensors)(x).double()
+        written = output_in_8_bits(spec.format, tensors, x.double(), spec.act_unsigned, spec.rotated)
+        assert torch.linalg.norm(computed - written) < 3e-3 * torch.linalg.norm(written), name
+
+
+def output_in_8_bits(name, t, x, act_unsigned, rotated):
+    """y of the section on H100 and H200, float64."""
+
+    def h(values):
+        return (values.unflatten(-1, (-1, 64)) @ HADAMARD).flatten(-2)
+
+    def in_16_bits(values):
+        return values.to(t["smooth_factor"].dtype).double()
+
+    s, codes = t["smooth_factor"].double(), torch.arange(128).double()
+    quantized = residual(name, t)
+    quantized = (h(quantized) if rotated else quantized) / s
+    bias = t["bias"].double() + (0.171875 * quantized.sum(1) if act_unsigned else 0)
+    weight = quantized + t["proj_up"].double() @ t["proj_down"].double().t()
+    inverse = in_16_bits(1 / s)
+    act, weight = in_16_bits(h(in_16_bits(x * inverse))), h(weight / inverse)
+    return rounded(act, x.shape[1], codes) @ rounded(weight, x.shape[1], codes).t() + bias
 
 
 def test_the_bias_undoes_the_shift(quantized):

@@ -53,3 +53,15 @@ def test_a_layer_that_leaves_the_gpu_takes_all_its_memory_along():
     freed = sum(p.nbytes for p in layer.parameters())
     assert torch.cuda.memory_allocated() <= before - freed
     assert torch.isfinite(layer.cuda()(x)).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_compiled_layer_is_the_layer(exact):
+    name = "double_blocks.0.img_mlp.2"
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(torch.bfloat16)
+    spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, torch.bfloat16, True)
+    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
+    layer, x = layers.SVDQLinear(quantized.spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16().cuda()
+    layer.cuda().exact = exact
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
