@@ -1,9 +1,9 @@
-"""What watching a model for calibration costs: FLUX.1-dev's linear layers at 1024 x 1024, four prompts of 28 steps.
+"""What watching a model for calibration costs: FLUX.1-dev at 1024 x 1024, four prompts of 28 steps.
 
 python -m benchmarks.calibration_cost
 
-In the first steps the samples of rows fill and take their memory, later ones cost less. Attention, norms and the
-sampler are left out, which makes the slowdown larger than a real run's.
+A step is the denoiser's linear layers and its attention. In the first steps the samples of rows fill and take their
+memory, later ones cost less.
 """
 
 import json
@@ -18,7 +18,7 @@ from svdq_core.architectures import BODY
 from svdq_core.quantizer.statistics import Calibration
 
 RESULTS = Path(__file__).parent / "results"
-IMAGE_TOKENS, TEXT_TOKENS, STEPS, PROMPTS = 4096, 512, 28, 4
+IMAGE_TOKENS, TEXT_TOKENS, HEAD, STEPS, PROMPTS = 4096, 512, 128, 28, 4
 
 
 def tokens(name: str) -> int:
@@ -30,6 +30,7 @@ def tokens(name: str) -> int:
 
 def run(layers: dict[str, tuple[int, int]], weights: dict, inputs: dict, calibration: Calibration | None) -> float:
     """Seconds of all steps of a prompt."""
+    heads = inputs[HIDDEN].view(1, -1, HIDDEN // HEAD, HEAD).transpose(1, 2)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -38,6 +39,8 @@ def run(layers: dict[str, tuple[int, int]], weights: dict, inputs: dict, calibra
             if calibration is not None:
                 calibration.observe(name, x)
             torch.nn.functional.linear(x, weights[shape])
+        for _ in range(DOUBLE_BLOCKS + SINGLE_BLOCKS):
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
         torch.cuda.synchronize()  # as samplers do, which look at each step's result
     if calibration is not None:
         calibration.settle()

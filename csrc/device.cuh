@@ -293,6 +293,23 @@ SVDQ_DEVICE void shared_maximum(u32 shared, u32 value) {
     asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
+// ---- kernels that start before the one in front of them has ended (Launcher.launch, `early`) ----
+//
+// From sm_90 on; older cards' kernels start when their turn comes.
+
+// All blocks have begun: those of the next kernel may take the places that become free.
+SVDQ_DEVICE void let_next_kernel_start() {
+#if SVDQ_ARCH >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until everything that the kernel before wrote can be read.
+SVDQ_DEVICE void wait_for_kernel_before() {
+#if SVDQ_ARCH >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- matrix fragments ---------------------------------------------------------------------------
 
 // Four 8 x 16-byte matrices: lane l passes the address of row l % 8 of matrix l / 8; afterwards

@@ -142,8 +142,7 @@ SVDQ_DEVICE void find_tops(const Arguments& p, const Shared& shared, int tiles_m
 #pragma unroll
         for (int i = 0; i < BM / 32; ++i)
             store_shared4(shared.top(ring.slot) + (lane + 32 * i) * 4, as_bits(top[i]));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.top_full(ring.slot));
+        barrier_arrive(shared.top_full(ring.slot));  // each lane for what it wrote
         ring.advance();
     }
 }
@@ -424,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             barrier_init(shared.empty(slot), kConsumers * 4);
         }
         for (u32 buffer = 0; buffer < 2; ++buffer) {
-            barrier_init(shared.top_full(buffer), 1);
+            barrier_init(shared.top_full(buffer), 32);
             barrier_init(shared.top_empty(buffer), kConsumers * 4);
         }
         fence_barrier_init();

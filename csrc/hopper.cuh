@@ -40,18 +40,6 @@ SVDQ_DEVICE void warpgroup_sync(u32 index) {
     asm volatile("bar.sync %0, 128;" ::"r"(index + 1) : "memory");
 }
 
-// ---- kernels that start before the one in front of them has ended (Launcher.launch, `early`)
-// -------
-
-// All blocks have begun: those of the next kernel may take the places that become free.
-SVDQ_DEVICE void let_next_kernel_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-// Until everything that the kernel before wrote can be read.
-SVDQ_DEVICE void wait_for_kernel_before() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // ---- bulk copies --------------------------------------------------------------------------------
 
 // Contiguous bytes (a multiple of 16) to shared memory, counted by a barrier.

@@ -132,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
     const u32 first = blockIdx.y * p.slice_blocks;
     const u32 count = min(p.slice_blocks, p.k / kBlock - (int)first);
     const bool quantizes = blockIdx.z == 0;  // the blocks of further ranks only multiply
+    let_next_kernel_start();
 
     const u32 tile = blockIdx.x * warps + warp, row0 = tile * kRows;
     const u32 rows[2] = {row0 + g, row0 + g + 8};

@@ -98,7 +98,8 @@ def quantize(
 @lru_cache(maxsize=4096)
 def _quantize_kernel(index: int, m: int, bf16: bool) -> Kernel:
     build = plan.Int8QuantizeBuild(bf16)
-    return kernel_of(index, build, build.grid(m), build.shared_bytes())
+    kernel = kernel_of(index, build, build.grid(m), build.shared_bytes())
+    return kernel._replace(early=card(index)[0] >= 90)
 
 
 def multiply(

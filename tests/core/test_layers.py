@@ -121,6 +121,7 @@ def test_an_adapter_of_a_rotated_layer_adds_its_product_of_the_input(delta):
 def test_a_rotated_layer_on_a_device_is_the_one_on_the_cpu(dtype):
     layer, x = make_rotated_layer(256, 320), torch.randn(77, 320, dtype=dtype)
     layer.set_adapter("a", make_adapter(256, 320))
+    layer.exact = True
     expected = layer(x.float())
     found = layer.cuda()(x.cuda()).cpu().float()
     assert torch.linalg.norm(found - expected) < 3e-2 * torch.linalg.norm(expected), "codes may differ by one at ties"
