@@ -81,7 +81,7 @@ _LINEAR: Mapping[str, Callable[[torch.Tensor, _Tensors, LayerSpec], torch.Tensor
 }
 
 
-_FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
+FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
 
 
 def _as_int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
@@ -229,7 +229,7 @@ class SVDQLinear(torch.nn.Module):
         """
         return (
             not self.exact
-            and self.spec.format in _FOUR_BITS
+            and self.spec.format in FOUR_BITS
             and rows.dtype == self.spec.dtype
             and tensors["weight"] is self.weight
             and tensors["bias"] is self.bias

@@ -8,7 +8,8 @@ import comfy.model_management
 import folder_paths
 
 from ..errors import SVDQuantError
-from ..kernels import status
+from ..kernels import prefers_int8, status
+from ..layers import FOUR_BITS
 from ..summary import Summary, summarize_file
 
 FOLDER = "diffusion_models"
@@ -55,6 +56,9 @@ def _summary(path: Path, modified_ns: int, size: int) -> Summary:
 def _on_this_machine(summary: Summary, file_bytes: int) -> dict:
     device = comfy.model_management.get_torch_device()
     weights = sum(layer.nbytes for layer in summary.layers) + summary.other_bytes
+    # Where 4-bit layers are evaluated in 8 bits, each weight takes a byte beside the file's tensors.
+    four_bits = [layer.shape for layer in summary.layers if layer.format.startswith(FOUR_BITS)]
+    weights += sum(n * k for n, k in four_bits if prefers_int8(device, n, k))
     needed = int(weights + comfy.model_management.minimum_inference_memory())
     free = int(comfy.model_management.get_free_memory(device))
     total = int(comfy.model_management.get_total_memory(device))

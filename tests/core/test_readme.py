@@ -88,7 +88,7 @@ def test_speed_of_other_precisions():
     for row in result["layers"]:
         cells = [f"{row[f'{name}_us']:.0f} ({row[f'{name}_speedup']:.2f}x)" for name in ("int8", "nvfp4")]
         shape = f"{row['m']} x {row['k']} x {row['n']}"
-        assert f"| {shape} | {row['16bit_us']:.0f} | {cells[0]} | {cells[1]} |" in text
+        assert f"| {shape} | {row['16bit_us']:.0f} | {cells[0]} | {cells[1]} | {row['nvfp4_exact_us']:.0f} |" in text
     for row in result["modulations"]:
         if row["m"] in (1, 8):
             share = f"{row['share_of_copy_bandwidth']:.0%}".replace("%", " %")
@@ -97,7 +97,10 @@ def test_speed_of_other_precisions():
             assert f"| {shape} | {times} | {share} |" in text
     for mean in result["geometric_mean_over_16bit_flux"].values():
         assert f"{mean:.2f}x" in text
-    assert f"{100 * result['lora']['cost']:.1f} %" in text
+    assert (
+        f"{100 * abs(result['lora']['cost']):.1f} % to their time, {result['lora']['flux_step_us'] / 1e3:.0f} ms"
+        in text
+    )
 
 
 def test_int4_speed():
@@ -105,14 +108,28 @@ def test_int4_speed():
     peers = ("nf4", "kitchen_convrot_w4a4", "kitchen_w4a8", "kitchen_int8", "kitchen_svdquant", "fp8_gemm", "int8_gemm")
     measured = []
     for row in result["results"]:
-        times = [f"{row[f'{name}_us']:.0f}" for name in ("layer", "any_scales", "16bit", *peers)]
+        times = [f"{row[f'{name}_us']:.0f}" for name in ("layer", "exact", "16bit", *peers)]
         times[2] += f" ({row['speedup_over_16bit']:.2f}x)"
         measured.append([f"{row['m']} x {row['k']} x {row['n']}", *times])
     assert table("Speed on an H200", "shape") == measured
     assert f"{result['geometric_mean_over_16bit_flux']:.2f}x over the five" in text.replace("\n", " ")
+    assert f"exact W4A4: {result['exact_geometric_mean']:.2f}x" in text
+    first, flux = result["results"][0], result["results"][:5]
+    inputs = [f"{100 * first[f'{kind}input_error_bf16']:.0f} %" for kind in ("exact_", "")]
+    assert f"falls from {inputs[0]} of the output to {inputs[1]}" in text.replace("\n", " ")
+    ratios = [row["layer_us"] / row["fp8_gemm_us"] for row in flux]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times what torch's FP8 product" in text
     shapes = {f"{row['m']} x {row['k']} x {row['n']}, us": row for row in result["results"]}
-    for shape, *times in table("Speed on an H200", "rank"):
-        assert times == [f"{shapes[shape][f'rank{rank}_us']:.0f}" for rank in (0, 16, 32, 64, 128)]
+    lines = table("Speed on an H200", "rank")
+    for (shape, *times), (_, *exact) in zip(lines[::2], lines[1::2], strict=True):
+        for kind, found in (("", times), ("exact_", exact)):
+            assert found == [f"{shapes[shape][f'{kind}rank{rank}_us']:.0f}" for rank in (0, 16, 32, 64, 128)]
+
+
+def test_making_weights_in_8_bits():
+    made, text = RESULTS["as_int8_h200"], section("Speed on an H200").replace("\n", " ")
+    assert f"all {made['layers']} of them are made in {made['seconds']:.2f} s and take {made['kept_gb']:.1f} GB" in text
+    assert f"and {made['most_beside_gb']:.1f} GB while they are made" in text
 
 
 def test_quantizing_at_full_size():
@@ -126,8 +143,10 @@ def test_quantizing_at_full_size():
 
 
 def test_calibrating():
-    step, text = RESULTS["calibration_cost_h200"]["step_ms"], section("On the command line").replace("\n", " ")
-    assert f"{step['watched']:.0f} ms instead of {step['plain']:.0f}" in text
+    cost, text = RESULTS["calibration_cost_h200"], section("On the command line").replace("\n", " ")
+    watched, plain = (cost["prompts_s"][name][0] for name in ("watched", "plain"))
+    assert f"takes {100 * cost['slowdown_of_later_prompts']:.1f} % longer" in text
+    assert f"takes {watched:.1f} s instead of {plain:.1f}" in text
     image = RESULTS["demo_calibration"]["image_seconds"]
     assert f"{image['watched']:.2f} s instead of {image['plain']:.2f} on" in text
 

@@ -76,6 +76,18 @@ def test_layers_are_told_how_to_evaluate(host, flux_files, exact):
     assert {layer.exact for _, layer in model.quantized_layers()} == {exact}
 
 
+@pytest.mark.usefixtures("host")
+def test_the_badge_counts_weights_in_8_bits(flux_files, monkeypatch):
+    from svdq_core.host import badge
+    from svdq_core.summary import summarize_file
+
+    summary = summarize_file(flux_files.quantized)
+    before = badge._on_this_machine(summary, 0)["needed_bytes"]
+    monkeypatch.setattr(badge, "prefers_int8", lambda *_: True)
+    shapes = [layer.shape for layer in summary.layers if layer.format.startswith("svdquant_w4a4")]
+    assert badge._on_this_machine(summary, 0)["needed_bytes"] - before == sum(n * k for n, k in shapes) > 0
+
+
 def test_only_the_layers_in_the_file_are_quantized(host, flux_files):
     model = host.load(flux_files.quantized)
     names = {key.removeprefix("diffusion_model.") for key, _ in model.quantized_layers()}
