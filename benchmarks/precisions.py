@@ -204,8 +204,6 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     path = parser.parse_args().path
     bandwidth = bench.measure_limits().bandwidth
-    lora = measure_lora()
-    print(lora, flush=True)
     layers = measure_layers()
     report = {
         "command": "python -m benchmarks.precisions benchmarks/results/precisions_h200.json",
@@ -216,7 +214,7 @@ def main() -> None:
         },
         "layers": layers,
         "modulations": measure_modulations(bandwidth),
-        "lora": lora,
+        "lora": measure_lora(),
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
 
