@@ -10,7 +10,9 @@ import torch
 from ..architectures import detect
 from ..errors import CheckpointError
 from ..formats.comfy_quant import QuantizedCheckpoint
+from ..kernels import prefers_int8
 from ..kernels.ahead import compile_for_adapters
+from ..layers import FOUR_BITS
 from .operations import DeferredOperations, QuantizedLinear
 from .patcher import SVDQuantModelPatcher
 
@@ -52,8 +54,17 @@ def load_quantized(path: str | PathLike, exact: bool = False) -> SVDQuantModelPa
     _check_complete(checkpoint, model.diffusion_model, provided)
     quantized = SVDQuantModelPatcher(model, patcher.load_device, patcher.offload_device)
     quantized.set_attachments(REPORT, checkpoint.report)
-    compile_for_adapters(patcher.load_device, compute, {layer.format for layer in checkpoint.layers.values()})
+    compile_for_adapters(patcher.load_device, compute, _with_branch(checkpoint, patcher.load_device, exact))
     return quantized
+
+
+def _with_branch(checkpoint: QuantizedCheckpoint, device: torch.device, exact: bool) -> set[str]:
+    """Formats of the layers whose low-rank branch is computed, and not part of a weight in 8 bits."""
+    return {
+        layer.format
+        for layer in checkpoint.layers.values()
+        if exact or layer.format not in FOUR_BITS or not prefers_int8(device, layer.out_features, layer.in_features)
+    }
 
 
 def _host_load(state_dict):

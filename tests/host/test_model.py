@@ -76,6 +76,18 @@ def test_layers_are_told_how_to_evaluate(host, flux_files, exact):
     assert {layer.exact for _, layer in model.quantized_layers()} == {exact}
 
 
+@pytest.mark.parametrize(("exact", "merged"), [(False, True), (True, True), (False, False)])
+@pytest.mark.usefixtures("host")
+def test_what_a_lora_will_want_is_compiled_where_there_is_a_branch(flux_files, monkeypatch, exact, merged):
+    from svdq_core.host import loader
+
+    compiled = []
+    monkeypatch.setattr(loader, "prefers_int8", lambda *_: merged)
+    monkeypatch.setattr(loader, "compile_for_adapters", lambda device, dtype, formats: compiled.append(formats))
+    loader.load_quantized(flux_files.quantized, exact)
+    assert ("svdquant_w4a4" in compiled[0]) == (exact or not merged) and "awq_w4a16" in compiled[0]
+
+
 @pytest.mark.usefixtures("host")
 def test_the_badge_counts_weights_in_8_bits(flux_files, monkeypatch):
     from svdq_core.host import badge
