@@ -42,7 +42,7 @@ class LayerStatistics:
         self.priority = torch.empty(0)
         self.count = 0
         self._capacity = capacity
-        self._random = numpy.random.default_rng(seed)
+        self._random = torch.Generator().manual_seed(seed)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -104,13 +104,16 @@ class LayerStatistics:
         geometric, so that few random numbers are drawn once many rows were seen.
         """
         if len(self.priority) < self._capacity:
-            new, priority = numpy.arange(count), self._random.random(count, dtype=numpy.float32)
+            priority = torch.rand(count, generator=self._random)
+            highest = torch.topk(priority, min(self._capacity, count)).indices
+            new, priority = highest.numpy(), priority[highest].numpy()
         else:
             share = max(1 - float(self.priority.numpy().min()), 2.0**-24)
             most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
-            new = self._random.geometric(share, most).cumsum() - 1
+            gaps = torch.empty(most).geometric_(share, generator=self._random)
+            new = gaps.numpy().cumsum(dtype="int64") - 1
             new = new[new < count]
-            priority = (1 - share * self._random.random(len(new))).astype(numpy.float32)
+            priority = (1 - share * torch.rand(len(new), generator=self._random)).numpy()
         entering, places = self._admit(priority)
         return new[entering], places
 
