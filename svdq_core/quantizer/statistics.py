@@ -42,7 +42,7 @@ class LayerStatistics:
         self.priority = torch.empty(0)
         self.count = 0
         self._capacity = capacity
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = _Random(seed)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -104,16 +104,15 @@ class LayerStatistics:
         geometric, so that few random numbers are drawn once many rows were seen.
         """
         if len(self.priority) < self._capacity:
-            priority = torch.rand(count, generator=self._random)
-            highest = torch.topk(priority, min(self._capacity, count)).indices
-            new, priority = highest.numpy(), priority[highest].numpy()
+            priority = self._random.uniform(count)
+            new = (-priority).argsort(kind="stable")[: self._capacity]
+            priority = priority[new]
         else:
-            share = max(1 - float(self.priority.numpy().min()), 2.0**-24)
+            share = min(max(1 - float(self.priority.numpy().min()), 2.0**-24), 1 - 2.0**-24)
             most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
-            gaps = torch.empty(most).geometric_(share, generator=self._random)
-            new = gaps.numpy().cumsum(dtype="int64") - 1
+            new = self._random.gaps(share, most).cumsum() - 1
             new = new[new < count]
-            priority = (1 - share * torch.rand(len(new), generator=self._random)).numpy()
+            priority = 1 - numpy.float32(share) * self._random.uniform(len(new))
         entering, places = self._admit(priority)
         return new[entering], places
 
@@ -163,6 +162,32 @@ class LayerStatistics:
                 f"layer {layer} got NaN or infinite inputs during calibration. Check that the "
                 "16-bit model gives a clean image with the same sampler settings."
             )
+
+
+class _Random:
+    """Draws as torch's generator on the CPU makes them of the same seed, bit for bit.
+
+    But without letting other threads run meanwhile: the one that puts rows down would keep the one that launches
+    waiting.
+    """
+
+    def __init__(self, seed: int):
+        self._words = numpy.random.RandomState(seed & 0xFFFFFFFF)  # the same Mersenne twister
+
+    def uniform(self, count: int) -> numpy.ndarray:
+        """(count,) float32 in [0, 1)."""
+        return (self._draw(count) & 0xFFFFFF).astype(numpy.float32) * numpy.float32(2.0**-24)
+
+    def gaps(self, share: float, count: int) -> numpy.ndarray:
+        """(count,) int64: distances between successes whose probability is ``share``, in (0, 1)."""
+        pairs = self._draw(2 * count).astype(numpy.uint64).reshape(-1, 2)
+        bits = (pairs[:, 0] << numpy.uint64(32) | pairs[:, 1]) & numpy.uint64(2**53 - 1)
+        uniform = numpy.maximum(bits, 1).astype(numpy.float64) * 2.0**-53
+        return numpy.maximum(numpy.ceil(numpy.log(uniform) / numpy.log1p(-share)), 1).astype(numpy.int64)
+
+    def _draw(self, count: int) -> numpy.ndarray:
+        # numpy draws a word for no bytes at all.
+        return numpy.frombuffer(self._words.bytes(4 * count) if count else b"", dtype="<u4")
 
 
 class _Arrivals:

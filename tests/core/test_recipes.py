@@ -133,6 +133,16 @@ def test_low_rank_of_the_error_alone_is_worse():
     assert gain_db(Recipe(split=False, refit=True), Recipe(split=False)) > 0
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_comes_out_is_as_kernels_and_files_have_it(recipe, form):
+    quantized = Layer(1, form).quantize(RECIPES[recipe])
+    assert quantized.tensors.keys() == quantized.spec.tensors.keys()
+    for name, tensor in quantized.tensors.items():
+        wanted = quantized.spec.tensors[name]
+        assert tensor.is_contiguous() and tensor.shape == wanted.shape and tensor.dtype == wanted.dtype, name
+
+
 def test_rank_zero_is_served_by_every_recipe():
     layer = Layer(3)
     assert layer.error(RECIPES["best"], rank=0) < layer.error(RECIPES["fast"], rank=0)
