@@ -75,6 +75,19 @@ def test_peers():
     assert table("Quality", "") == measured
 
 
+def test_evaluation_in_8_bits():
+    files = RESULTS["demo_evaluation"]["files"]
+    measured = [
+        [*(f"`{name}`" for name in title.split(", modulations ")), psnr(row["as stored"]), psnr(row["in 8 bits"])]
+        for title, row in files.items()
+    ]
+    assert table("Quality", "body") == measured
+    gains = [row["in 8 bits"]["psnr_db"] - row["as stored"]["psnr_db"] for row in files.values()]
+    text = f"{min(gains):.1f} to {max(gains):.1f} dB closer"
+    assert text in section("Quality")
+    assert text in (ROOT / "docs/formats.md").read_text(encoding="utf-8").replace("\n", " ")
+
+
 def test_synthetic_layers():
     result, text = RESULTS["synthetic_layers"], section("Quality")
     for name in ("balanced", "best"):
