@@ -167,9 +167,11 @@ def rank_chart(sweep: dict[str, list[dict]], path: Path) -> None:
     layers = json.loads((RESULTS / "hopper_h200.json").read_text())["results"]
     layers = [row for row in layers if row["m"] == 4608]  # FLUX's
     ranks = sorted(int(key[4:-3]) for key in layers[0] if key.startswith("rank") and key.endswith("_us"))
-    times = [sum(row[f"rank{rank}_us"] for row in layers) / 1000 for rank in ranks]
-    panels[2].plot(ranks, times, marker="o", color="#f58518")
-    panels[2].set_ylim(0, 1.1 * max(times))
+    for label, prefix, colour in (("exact W4A4", "exact_", "#4c78a8"), ("in 8 bits", "", "#f58518")):
+        times = [sum(row[f"{prefix}rank{rank}_us"] for row in layers) / 1000 for rank in ranks]
+        panels[2].plot(ranks, times, marker="o", color=colour, label=label)
+    panels[2].set_ylim(bottom=0)
+    panels[2].legend(frameon=False, loc="lower right")
     panels[2].set_xlabel("rank of the low-rank branch")
     panels[2].set_ylabel(f"ms, {len(layers)} FLUX layers on an H200")
     for axes in panels:
