@@ -230,7 +230,7 @@ class SVDQLinear(torch.nn.Module):
         return (
             not self.exact
             and self.spec.format in FOUR_BITS
-            and rows.dtype == self.spec.dtype
+            and rows.dtype == self.spec.dtype != torch.float32
             and tensors["weight"] is self.weight
             and tensors["bias"] is self.bias
             and prefers_int8(rows.device, self.out_features, self.in_features)

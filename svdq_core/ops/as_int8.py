@@ -115,7 +115,7 @@ def image(operands: tuple[torch.Tensor | None, ...], layer_format: str, unsigned
     inverse = (1 / smooth_factor.float()).to(smooth_factor.dtype)
     weight = torch.empty((n, k), dtype=torch.int8, device=proj_up.device)
     weight_scale = torch.empty(n, dtype=torch.float32, device=proj_up.device)
-    corrected = None if bias is None else bias.float()
+    corrected = None if bias is None else bias.to(torch.float32, copy=True)
     step = max(_PIECE // k, 1)
     for start in range(0, n, step):
         outputs = slice(start, start + step)

@@ -75,6 +75,7 @@ def test_who_evaluates_in_8_bits(monkeypatch):
     assert asked == [(x.device, layer.out_features, layer.in_features)]
     assert not torch.equal(rounded, exact)
     assert not torch.equal(layer(x.half()).bfloat16(), layer(x)), "cast for one call: as the format says"
+    assert len(asked) == 2
     moved = {name: tensor.clone() if tensor is not None else None for name, tensor in layer.active_tensors().items()}
     assert torch.equal(layer._evaluate(x, moved), exact), "moved for one call: as the format says"
     patched = layer.active_tensors() | {"bias": layer.bias.clone()}
@@ -122,6 +123,16 @@ def test_an_image_does_not_depend_on_its_pieces(layer_format, name, piece, bias)
     restored = hadamard.rotate(int8.dequantize(whole.weight, whole.weight_scale[:, None])) * whole.inverse.float()
     assert error(restored, layer.adapted_weight()) < 0.011
     assert (whole.bias is None) == (not bias)
+
+
+def test_an_image_leaves_what_it_is_made_of_alone():
+    layer = make("double_blocks.0.img_mlp.2", SVDQUANT_W4A4)
+    operands = [layer.active_tensors().get(operand) for operand in as_int8._NAMES]
+    operands[-1] = operands[-1].float()
+    before = [tensor if tensor is None else tensor.clone() for tensor in operands]
+    image = as_int8.image(tuple(operands), layer.spec.format, layer.spec.act_unsigned, layer.spec.rotated)
+    assert not torch.equal(image.bias, before[-1])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(operands, before, strict=True))
 
 
 def test_the_input_s_codes_are_of_the_rotated_input():
