@@ -26,6 +26,11 @@ def status(device: torch.device) -> tuple[bool, str]:
     return _status(index)
 
 
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes when a tensor's memory or contents do (inference tensors do not count their changes)."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def prefers_int8(device: torch.device, out_features: int, in_features: int) -> bool:
     """Whether a layer of this size is best evaluated in 8 bits (``ops.as_int8``), as on H100 and H200."""
     return device.type == "cuda" and _prefers_int8(device.index, out_features, in_features)

@@ -21,7 +21,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..numerics import int4
-from . import grid, plan
+from . import grid, plan, state_of
 from .launch import (
     Kernel,
     KernelInputError,
@@ -208,15 +208,10 @@ def forget(tensor: torch.Tensor) -> None:
     _ups.pop(tensor, None)
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Changes when a tensor's memory or contents do (inference tensors do not count their changes)."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
 def _weight_image(
     weight: torch.Tensor, weight_scale: torch.Tensor, smooth_factor: torch.Tensor | None
 ) -> WeightImage | grid.GridImage:
-    key = (*_state(weight), weight_scale.dtype, smooth_factor is None)
+    key = (*state_of(weight), weight_scale.dtype, smooth_factor is None)
     found = _weights.get(weight)
     if found is None or found[0] != key:
         # While a graph is captured nothing is computed, so that scales cannot be looked at, and what is made then
@@ -230,7 +225,7 @@ def _weight_image(
 
 
 def _up_image(proj_up: torch.Tensor, image: WeightImage) -> UpImage:
-    key = (*_state(proj_up), image.column_scale.data_ptr())
+    key = (*state_of(proj_up), image.column_scale.data_ptr())
     found = _ups.get(proj_up)
     if found is None or found[0] != key:
         found = key, up_image(proj_up, image)

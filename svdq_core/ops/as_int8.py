@@ -14,6 +14,7 @@ import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..formats.weights import of_outputs, quantized_part
+from ..kernels import state_of
 from ..numerics import hadamard, int4, int8
 
 _library = torch.library.Library("svdq", "FRAGMENT")
@@ -153,7 +154,7 @@ def kept_image(operands: tuple[torch.Tensor | None, ...], *form) -> Image:
     if torch.cuda.is_current_stream_capturing():
         return image(operands, *form)
     forget(weight)  # before the next one takes memory
-    state = tuple(None if tensor is None else (TensorWeakRef(tensor), *_state(tensor)) for tensor in operands)
+    state = tuple(None if tensor is None else (TensorWeakRef(tensor), *state_of(tensor)) for tensor in operands)
     _images[weight] = state, image(operands, *form)
     return _images[weight][1]
 
@@ -161,12 +162,7 @@ def kept_image(operands: tuple[torch.Tensor | None, ...], *form) -> Image:
 def _same(before: tuple | None, tensor: torch.Tensor | None) -> bool:
     if before is None or tensor is None:
         return before is None and tensor is None
-    return before[0]() is tensor and before[1:] == _state(tensor)
-
-
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Changes when a tensor's memory or contents do (inference tensors do not count their changes)."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return before[0]() is tensor and before[1:] == state_of(tensor)
 
 
 def memory(weight: torch.Tensor) -> int:

@@ -200,6 +200,8 @@ class _Arrivals:
 
     def add(self, layer: LayerStatistics, rows: torch.Tensor, places: numpy.ndarray) -> None:
         """Rows (R, K) bf16 on a device."""
+        if self._waiting and self._waiting[0][1].device != rows.device:
+            self._send()
         self._waiting.append((layer, rows, places))
         self._nbytes += rows.nbytes
         if self._nbytes >= _TOGETHER:
