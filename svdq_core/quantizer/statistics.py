@@ -14,6 +14,7 @@ import torch
 from ..errors import CheckpointError, LayerError
 from ..formats.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from ..kernels import status
+from .reservoir import Reservoir
 
 _KEY = "svdquant_calibration"
 _TOGETHER = 2**26  # bytes of rows that come from a device in one copy
@@ -22,8 +23,8 @@ _TOGETHER = 2**26  # bytes of rows that come from a device in one copy
 class LayerStatistics:
     """Running statistics of one layer's input.
 
-    Every row gets a random priority and the ``rows`` with the highest stay: a uniform sample of all
-    rows seen (reservoir sampling), the same for the same seed and order, on any device.
+    Rows are kept by a :class:`Reservoir`: a uniform sample of all rows seen, the same for the same seed and order, on
+    any device.
 
     Attributes:
         minimum, maximum: (K,) float32, per channel.
@@ -39,18 +40,24 @@ class LayerStatistics:
         self.maximum = torch.full((in_features,), -torch.inf)
         self.square_sum = torch.zeros(in_features, dtype=torch.float64)
         self._rows = torch.empty((capacity, in_features), dtype=torch.bfloat16)  # takes no memory until it is used
-        self.priority = torch.empty(0)
         self.count = 0
-        self._capacity = capacity
-        self._random = _Random(seed)
+        self._reservoir = Reservoir(capacity, seed)
+
+    @property
+    def priority(self) -> torch.Tensor:
+        return torch.from_numpy(self._reservoir.priority)
+
+    @priority.setter
+    def priority(self, priority: torch.Tensor) -> None:
+        self._reservoir.priority = priority.numpy()
 
     @property
     def sample(self) -> torch.Tensor:
-        return self._rows[: len(self.priority)]
+        return self._rows[: len(self._reservoir.priority)]
 
     @sample.setter
     def sample(self, rows: torch.Tensor) -> None:
-        self._rows = torch.cat((rows, rows.new_empty((max(self._capacity - len(rows), 0), rows.shape[1]))))
+        self._rows = torch.cat((rows, rows.new_empty((max(self._reservoir.capacity - len(rows), 0), rows.shape[1]))))
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -67,7 +74,7 @@ class LayerStatistics:
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         self._take_in(rows)
-        new, places = self._choose(rows.shape[0])
+        new, places = self._reservoir.choose(rows.shape[0])
         self.count += rows.shape[0]
         if not len(new):
             return None
@@ -97,41 +104,6 @@ class LayerStatistics:
             squares = rows.float().square().sum(dim=0).double()
         self.square_sum = self.square_sum + squares
 
-    def _choose(self, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Which of so many new rows are kept, and where in the sample.
-
-        Priorities are uniform, but only rows above the lowest kept one matter. The gaps between such rows are
-        geometric, so that few random numbers are drawn once many rows were seen.
-        """
-        if len(self.priority) < self._capacity:
-            priority = self._random.uniform(count)
-            new = (-priority).argsort(kind="stable")[: self._capacity]
-            priority = priority[new]
-        else:
-            share = min(max(1 - float(self.priority.numpy().min()), 2.0**-24), 1 - 2.0**-24)
-            most = int(count * share + 8 * (count * share) ** 0.5 + 16)  # eight standard deviations above the mean
-            new = self._random.gaps(share, most).cumsum() - 1
-            new = new[new < count]
-            priority = 1 - numpy.float32(share) * self._random.uniform(len(new))
-        entering, places = self._admit(priority)
-        return new[entering], places
-
-    @torch.inference_mode(False)
-    def _admit(self, priority: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Which rows of these priorities are among the highest, and whose places they take."""
-        before = len(self.priority)
-        ranks = numpy.concatenate((self.priority.numpy(), priority))
-        stays = numpy.ones(len(ranks), dtype=bool)
-        if len(ranks) > self._capacity:
-            stays[ranks.argpartition(-self._capacity)[: -self._capacity]] = False
-        entering, left = stays[before:].nonzero()[0], (~stays[:before]).nonzero()[0]
-        grown = len(entering) - len(left)
-        if grown:
-            self.priority = torch.cat((self.priority, torch.empty(grown)))
-        places = numpy.concatenate((left, numpy.arange(before, before + grown)))
-        self.priority.numpy()[places] = priority[entering]
-        return entering, places
-
     def put(self, rows: torch.Tensor, places: numpy.ndarray) -> None:
         """Rows that were chosen, (R, K) bf16 on the CPU, into the sample."""
         # Through numpy, which copies rows several times as fast as torch's indexing does on the CPU.
@@ -143,13 +115,13 @@ class LayerStatistics:
 
         Both samples stand for all rows seen only as far as the smaller one goes, so its capacity is kept.
         """
-        self._capacity = min(self._capacity, other._capacity)
+        capacity = self._reservoir.capacity = min(self._reservoir.capacity, other._reservoir.capacity)
         self.minimum = torch.minimum(self.minimum.cpu(), other.minimum.cpu())
         self.maximum = torch.maximum(self.maximum.cpu(), other.maximum.cpu())
         self.square_sum = self.square_sum.cpu() + other.square_sum.cpu()
-        highest = torch.topk(self.priority, min(self._capacity, len(self.priority))).indices.sort().values
+        highest = torch.topk(self.priority, min(capacity, len(self.priority))).indices.sort().values
         self.sample, self.priority = self.sample[highest], self.priority[highest]
-        entering, places = self._admit(other.priority.numpy())
+        entering, places = self._reservoir.admit(other._reservoir.priority)
         self.put(other.sample[torch.from_numpy(entering)], places)
         self.count += other.count
 
@@ -162,32 +134,6 @@ class LayerStatistics:
                 f"layer {layer} got NaN or infinite inputs during calibration. Check that the "
                 "16-bit model gives a clean image with the same sampler settings."
             )
-
-
-class _Random:
-    """Draws as torch's generator on the CPU makes them of the same seed, bit for bit.
-
-    But without letting other threads run meanwhile: the one that puts rows down would keep the one that launches
-    waiting.
-    """
-
-    def __init__(self, seed: int):
-        self._words = numpy.random.RandomState(seed & 0xFFFFFFFF)  # the same Mersenne twister
-
-    def uniform(self, count: int) -> numpy.ndarray:
-        """(count,) float32 in [0, 1)."""
-        return (self._draw(count) & 0xFFFFFF).astype(numpy.float32) * numpy.float32(2.0**-24)
-
-    def gaps(self, share: float, count: int) -> numpy.ndarray:
-        """(count,) int64: distances between successes whose probability is ``share``, in (0, 1)."""
-        pairs = self._draw(2 * count).astype(numpy.uint64).reshape(-1, 2)
-        bits = (pairs[:, 0] << numpy.uint64(32) | pairs[:, 1]) & numpy.uint64(2**53 - 1)
-        uniform = numpy.maximum(bits, 1).astype(numpy.float64) * 2.0**-53
-        return numpy.maximum(numpy.ceil(numpy.log(uniform) / numpy.log1p(-share)), 1).astype(numpy.int64)
-
-    def _draw(self, count: int) -> numpy.ndarray:
-        # numpy draws a word for no bytes at all.
-        return numpy.frombuffer(self._words.bytes(4 * count) if count else b"", dtype="<u4")
 
 
 class _Arrivals:

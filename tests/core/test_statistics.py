@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_core.errors import CheckpointError, LayerError
 from svdq_core.formats.safetensors_file import SafetensorsFile
-from svdq_core.quantizer.statistics import Calibration, _Random
+from svdq_core.quantizer.statistics import Calibration
 
 
 def test_ranges_and_counts_are_exact_over_many_batches():
@@ -22,23 +22,6 @@ def test_ranges_and_counts_are_exact_over_many_batches():
     assert layer.count == 500 and layer.sample.shape == (32, 64)
     kept = layer.sample.float()[:, None] == rows.to(torch.bfloat16).float()
     assert kept.all(-1).any(1).all()
-
-
-@pytest.mark.parametrize("seed", [0, 3, 2**40 + 17])
-def test_draws_are_torch_s(seed):
-    random, torch_s = _Random(seed), torch.Generator().manual_seed(seed)
-    for count, share in ((1000, 0.9), (7, 0.01), (0, 0.5), (300, 1e-4)):
-        assert torch.equal(torch.from_numpy(random.uniform(count)), torch.rand(count, generator=torch_s))
-        gaps = torch.empty(count).geometric_(share, generator=torch_s)
-        assert torch.equal(torch.from_numpy(random.gaps(share, count)).float(), gaps)
-
-
-def test_a_row_of_the_lowest_priority_there_is_gives_way():
-    calibration = Calibration(rows=4)
-    calibration.observe("a", torch.zeros(4, 64))
-    calibration.layers["a"].priority[0] = 0
-    calibration.observe("a", torch.ones(4, 64))
-    assert calibration.layers["a"].sample[0, 0] == 1
 
 
 def test_every_row_is_as_likely_to_be_kept():
