@@ -6,6 +6,7 @@ python -m benchmarks.kernels_tune [M K N]...
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import product
 from unittest import mock
 
@@ -46,20 +47,16 @@ def tune_gemm(m: int, k: int, n: int) -> None:
 
 
 def tune_quantizer(m: int, k: int) -> None:
-    """Warps in a block, and slices of the columns."""
+    """Warps in a block, and how far ahead x is copied."""
     sets = bench.copies(lambda: bench._operands(m, k, 64, RANK, torch.bfloat16, False), 2 * m * k)
+    card = launch.card(torch.cuda.current_device())
     planned = plan.quantize_launch
-    groups = k // plan.GROUP
     timed = []
-    for warps, chunks in product((2, 4, 7, 10, 14), (1, 2, 4, 8)):
-        slice_groups = chunks * plan.CHUNK_GROUPS
+    for warps, stages in product((4, 6, 8, 10, 12, 16), (2, 3, 4, 5)):
 
-        def changed(*arguments, warps=warps, slice_groups=slice_groups):
-            launch = planned(*arguments)
-            rows = -(-m // (launch.build.rows * warps))
-            return launch._replace(
-                grid=(rows, -(-groups // slice_groups), launch.grid[2]), warps=warps, slice_groups=slice_groups
-            )
+        def changed(*arguments, warps=warps, stages=stages):
+            build = replace(planned(*arguments).build, most_warps=warps, stages=stages)
+            return plan.quantize_shape(build, *card, m, k, RANK)
 
         launch._quantize_kernel.cache_clear()
         with mock.patch.object(plan, "quantize_launch", changed):
@@ -67,9 +64,9 @@ def tune_quantizer(m: int, k: int) -> None:
                 us = bench.median_us(
                     [lambda o=o: quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False) for o in sets]
                 )
-            except SVDQuantError:  # more shared memory than the card has
+            except (SVDQuantError, RuntimeError):  # more shared memory than the card has
                 continue
-        timed.append((us, f"{warps} warps, slices of {slice_groups} groups"))
+        timed.append((us, f"{warps} warps, {stages} tiles of x"))
     launch._quantize_kernel.cache_clear()
     _show(f"quantizer {m} x {k}", timed)
 

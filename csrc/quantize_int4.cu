@@ -3,12 +3,23 @@
 // The first half of an SVDQuant W4A4 layer. One build of this file is one kernel, shaped by the
 // macros below; svdq_core/kernels/plan.py says which builds there are and when each runs.
 //
-// A warp takes 16 rows and a slice of the columns, group after group of 64; a block is WARPS warps
-// above each other, over the same slice. The same 16 bytes of x that a lane loads serve it as what
-// is quantized and as its part of the matrix product's right operand (the product is transposed,
-// proj_down^T . x^T, because that operand's registers are a row's own), so x never leaves the
-// registers. For that the product's columns are dealt anew: a product over 16 columns wants four
-// from each lane of a quad (lane q = lane % 4), and a lane loads
+// A block takes a few rows and all columns, of which each of its W warps takes every W-th group of
+// 64. So x . proj_down is added up in the block, at its end, and until then no warp waits for
+// another. All of proj_down passes by each block: few and high ones spare bandwidth.
+//
+//                group 0   group 1          group W
+//              +---------+---------+- . . +---------+- . .
+//       tile 0 |         |         |      |         |         a tile: 16 rows, or the last one 8,
+//              +---------+---------+- . . +---------+- . .    so that blocks' shares are even
+//       tile 1 |         |         |      |         |
+//              +---------+---------+- . . +---------+- . .
+//                warp 0    warp 1           warp 0
+//
+// The same 16 bytes of x that a lane loads serve it as what is quantized and as its part of the
+// matrix product's right operand (the product is transposed, proj_down^T . x^T, because that
+// operand's registers are a row's own), so x never leaves the registers. For that the product's
+// columns are dealt anew: a product over 16 columns wants four from each lane of a quad (lane q =
+// lane % 4), and a lane loads
 //
 //     chunk 0: columns 8q .. 8q + 7        chunk 1: columns 32 + 8q .. 32 + 8q + 7
 //
@@ -16,14 +27,12 @@
 // 3, and the rows of proj_down are fetched from shared memory in the same order: row j of a
 // fragment's half h is 32 (s / 2) + 8 (j / 2) + 4 (s % 2) + 2h + j % 2.
 //
-// proj_down comes to shared memory a step of a few groups at a time, two such steps in turn, for
-// the whole block. x comes through shared memory too, STAGES - 1 groups ahead of its use: enough
-// bytes on their way to keep the memory busy, without registers to wait in. Of x every lane copies
-// what it will use itself, so nobody waits for anybody.
+// Shared memory of a warp:   slab | slab | x | 1 / smooth, float32 | (image) chunks' scales
 //
-// Shared memory:   step 0 | step 1 | x | 1 / smooth for the slice, float32 | (image) chunks' scales
-//          step:   a slab for each group: its 64 rows of proj_down
-//             x:   for each warp STAGES times 2 KB: chunk i of lane l at 512 i + 16 l
+//     slab: the 64 rows of proj_down of a group, copied two groups ahead. At the end the slabs'
+//           place has the warp's sums.
+//        x: STAGES times 2 KB, the next tiles: chunk i of lane l at 512 i + 16 l. A lane copies
+//           what it will use itself, so that nobody waits for anybody.
 //
 // The rows of a slab that one ldmatrix reads differ in row / 8 % 4 and row % 2, which with the
 // swizzle below puts them into eight different 16-byte columns:
@@ -37,7 +46,7 @@
 // Hopper multiplies bytes, and x . proj_down in 16 bits. SVDQ_OUTPUT says how they are written:
 //
 //   image    as csrc/gemm_hopper.cu reads it: magnitude and sign, swizzled; scales as fp16 relative
-//            to the largest of their chunk of eight groups
+//            to the largest of their chunk of eight groups, which is one warp's
 //   bytes    for csrc/gemm_grid.cu: int8 codes in the order of x, scales in float32
 #include "codes.cuh"
 #include "device.cuh"
@@ -48,6 +57,8 @@
 #    define SVDQ_RANK_TILES 4
 #    define SVDQ_PROLOGUE 0
 #    define SVDQ_STAGES 4
+#    define SVDQ_WARPS 12
+#    define SVDQ_TILES 3
 #    define SVDQ_OUTPUT 0
 #endif
 
@@ -66,19 +77,21 @@ constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
 constexpr bool kMagnitude = kForm == kImage && !kUnsigned;
 constexpr bool kSignOfX = kMagnitude && kPrologue != kRotate;
 
-constexpr int kMostThreads = 448, kRows = 16, kStages = SVDQ_STAGES;
-constexpr int kStep = RT > 4 ? 2 : 4;  // groups whose slabs come at once
-constexpr int kChunk = 8;              // groups whose scales are relative to one another's (image)
-constexpr int kTiles = RT ? RT : 1;
+constexpr int kRows = 16, kStages = SVDQ_STAGES, kMostTiles = SVDQ_TILES;
+constexpr int kChunk = 8;  // groups whose scales are relative to one another's (image)
+constexpr int kTiles = RT ? RT : 1, kPairs = RT ? RT / 2 : 1;
 constexpr int kStride = RT > 4 ? 128 : 64;  // bytes of a slab's row
 constexpr u32 kSlab = RT ? kGroup * kStride : 0;
-constexpr u32 kStepBytes = kStep * kSlab;
-constexpr u32 kWarpX = 2048;                                           // a warp's part of a stage
-constexpr u32 kScaleBytes = kForm == kImage ? kRows * kChunk * 4 : 0;  // of a warp
+constexpr u32 kTileX = kRows * kGroup * 2;
+constexpr u32 kInverse = 2 * kSlab + kStages * kTileX;  // where a warp's 1 / smooth begins
+constexpr u32 kScales = kInverse + kGroup * 4;
+constexpr u32 kTileScales = kForm == kImage ? kRows * kChunk * 4 : 0;
+constexpr u32 kWarpBytes = kScales + kMostTiles * kTileScales;
+static_assert(kMostTiles * RT * 512 <= 2 * kSlab, "sums fit where slabs were");
 
 // A lane's part of x . proj_down: of 16 t + g (element 0, 1) and 16 t + g + 8 (2, 3), rows 8 h + 2
 // q (0, 2) and + 1 (1, 3), where its q and g are a fragment's, t the first index and h the second.
-using Sums = float[RT ? RT / 2 : 1][2][4];
+using Sums = float[kPairs][2][4];
 
 struct Arguments {
     const u16* x;          // (M, K)
@@ -89,9 +102,8 @@ struct Arguments {
     // (M, rank) float32; bytes: (M, rank to a multiple of 64), image: (rank / 64, padded M, 64),
     // 16-bit
     void* down;
-    float* partial;  // sums of each slice, as a warp's lanes hold them
-    u32* counters;   // zero, one for each 16 rows and block of ranks
-    int m, k, rank, slice_groups;
+    int m, k, rank;
+    int eights, longer;  // of a block, eight rows each, and how many first blocks have one more
     // kModulate: x (1 + scale) + shift
     const u16* modulation_scale;  // (M / modulation_rows, K)
     const u16* modulation_shift;
@@ -157,17 +169,21 @@ SVDQ_DEVICE float inverse_factor(float smooth) {
 using Values = float[16];  // of a row, in the order of its pairs
 
 // `inverse_smooth` is shared memory with the group's 64 floats from this lane's first column on.
-SVDQ_DEVICE void smooth_row(Values& values, const u32 (&pair)[8], u32 inverse_smooth) {
+SVDQ_DEVICE void smooth_rows(Values (&values)[2], const Fragment& x, u32 inverse_smooth) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint4 s = load_shared16(inverse_smooth + i / 2 * 128 + i % 2 * 16);
-        const u32 first = pair[2 * i], second = pair[2 * i + 1];
-        const float x[4] = {T::low(first), T::high(first), T::low(second), T::high(second)};
         const u32 inverse[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-            values[4 * i + j] = kSignOfX ? fabsf(x[j]) * as_float(inverse[j])
-                                         : smoothed<T, kUnsigned>(x[j], as_float(inverse[j]));
+        for (int h = 0; h < 2; ++h) {
+            const u32 first = x.pair[h][2 * i], second = x.pair[h][2 * i + 1];
+            const float four[4] = {T::low(first), T::high(first), T::low(second), T::high(second)};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                values[h][4 * i + j] = kSignOfX
+                                           ? fabsf(four[j]) * as_float(inverse[j])
+                                           : smoothed<T, kUnsigned>(four[j], as_float(inverse[j]));
+        }
     }
 }
 
@@ -196,14 +212,10 @@ SVDQ_DEVICE bool rotate(Values (&values)[2], const Signs& signs, bool clamp) {
 // Both rows' values of a group.
 SVDQ_DEVICE void values_of(Values (&values)[2], const Fragment& x, u32 inverse_smooth,
                            const Signs& signs) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-        smooth_row(values[h], x.pair[h], inverse_smooth);
+    smooth_rows(values, x, inverse_smooth);
     if constexpr (kPrologue == kRotate) {
         if (__all_sync(0xFFFFFFFFu, rotate(values, signs, false))) return;
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            smooth_row(values[h], x.pair[h], inverse_smooth);
+        smooth_rows(values, x, inverse_smooth);
         rotate(values, signs, true);
     }
 }
@@ -247,57 +259,43 @@ SVDQ_DEVICE float quantize_row(Values& values, const u32 (&pair)[8], u32 (&codes
     return inverse > 0.f ? fminf(largest * kUnit, kFloatMax) : 0.f;
 }
 
-// What a warp needs to know to write what it makes. Pointers are to where the next group goes.
+// What a warp needs to know to write what it makes.
 struct Output {
     const Arguments& p;
-    u32 row0, lane, g, q;
-    u32 scales;  // image: shared memory for the scales of a chunk, (16 rows, 8 groups)
-    u8* to_codes[2];
-    float* to_scale;
+    u32 lane, g, q;
 
-    SVDQ_DEVICE Output(const Arguments& p, u32 row0, u32 lane, u32 scales, u32 first)
-        : p(p), row0(row0), lane(lane), g(lane / 4), q(lane % 4), scales(scales) {
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-            const u64 row = row0 + g + 8 * h;
-            const u64 at = row * p.k + first * kGroup;
-            to_codes[h] = kForm == kImage   ? p.qact + ((u64)(first / 2) * p.padded_m + row) * 128
-                          : kForm == kBytes ? p.qact + at + q * 8
-                                            : p.qact + at / 2 + q * 4;
-        }
-        to_scale = (float*)p.act_scale + (u64)first * p.padded_m + row0 + g;
-    }
+    SVDQ_DEVICE Output(const Arguments& p, u32 lane) : p(p), lane(lane), g(lane / 4), q(lane % 4) {}
 
-    // `odd`: whether the group is an odd one of all.
-    SVDQ_DEVICE void codes(u32 group, bool odd, u32 h, const u32 (&codes)[4], float scale) {
-        const bool exists = row0 + g + 8 * h < (u32)p.m;
-        u8* to = to_codes[h];
+    // Row h of this lane's two in the tile from row0 on. `scales` is shared memory for the tile's
+    // scales of a chunk (image), (16 rows, 8 groups).
+    SVDQ_DEVICE void codes(u32 row0, u32 group, u32 h, const u32 (&codes)[4], float scale,
+                           u32 scales) const {
+        const u32 row = row0 + g + 8 * h;
+        const bool exists = row < (u32)p.m;
         if (kForm == kImage) {
             // 16 bytes of a lane are the quad's q-th of the group: see hopper.py for the order.
-            const u32 chunk = (odd * 4 + q) ^ g;
-            if (exists)
-                *(uint4*)(to + chunk * 16) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+            const u32 chunk = (group % 2 * 4 + q) ^ g;
+            u8* to = p.qact + ((u64)(group / 2) * p.padded_m + row) * 128 + chunk * 16;
+            if (exists) *(uint4*)to = make_uint4(codes[0], codes[1], codes[2], codes[3]);
             if (q == 0)
                 store_shared4(scales + ((g + 8 * h) * kChunk + group % kChunk) * 4, as_bits(scale));
-            if (odd) to_codes[h] += (u64)p.padded_m * 128;
-        } else {
-            if (exists) {
-                if (kForm == kBytes) {
-                    *(uint2*)to = make_uint2(codes[0], codes[1]);
-                    *(uint2*)(to + 32) = make_uint2(codes[2], codes[3]);
-                } else {
-                    *(u32*)to = codes[0];
-                    *(u32*)(to + 16) = codes[1];
-                }
-                if (q == 0) to_scale[8 * h] = scale;
+        } else if (exists) {
+            const u32 at = row * p.k + group * kGroup;  // fewer than 2^31
+            if (kForm == kBytes) {
+                u8* to = p.qact + (at + q * 8);
+                *(uint2*)to = make_uint2(codes[0], codes[1]);
+                *(uint2*)(to + 32) = make_uint2(codes[2], codes[3]);
+            } else {
+                u8* to = p.qact + (at / 2 + q * 4);
+                *(u32*)to = codes[0];
+                *(u32*)(to + 16) = codes[1];
             }
-            to_codes[h] += kForm == kBytes ? kGroup : kGroup / 2;
-            if (h) to_scale += p.padded_m;
+            if (q == 0) ((float*)p.act_scale)[group * p.padded_m + row] = scale;
         }
     }
 
     // Image: the scales of a chunk of `count` groups, relative to each row's largest.
-    SVDQ_DEVICE void chunk(u32 chunk, u32 count) const {
+    SVDQ_DEVICE void chunk(u32 row0, u32 rows, u32 chunk, u32 count, u32 scales) const {
         __syncwarp();
         const u32 row = row0 + lane / 2, half = lane % 2 * 4;
         const uint4 v = load_shared16(scales + lane * 16);
@@ -316,7 +314,7 @@ struct Output {
             twice[i] = Fp16::pack(relative, relative);
         }
         __syncwarp();
-        if (row >= (u32)p.m) return;
+        if (row >= (u32)p.m || lane / 2 >= rows) return;
         u32* to = (u32*)p.act_scale + ((u64)(chunk * 4 + half / 2) * p.padded_m + row) * 2;
         if (half < count) *(uint2*)to = make_uint2(twice[0], twice[1]);
         if (half + 2 < count) *(uint2*)(to + (u64)p.padded_m * 2) = make_uint2(twice[2], twice[3]);
@@ -325,149 +323,165 @@ struct Output {
     // Room for sums near the largest float32: gemm_hopper.cu takes it back by the column's scale.
     static constexpr float kChunkUnit = T::kIsBf16 ? 1.f / 1048576.f : 1.f;
 
-    // The finished sums of 8 RT ranks from rank0 on.
-    SVDQ_DEVICE void down(const Sums& sum, u32 rank0) const {
+    // The finished sums of 8 RT ranks from rank0 on, of the eight rows from row0 on.
+    SVDQ_DEVICE void down(const float (&sum)[kPairs][4], u32 row0, u32 rank0) const {
 #pragma unroll
-        for (u32 h = 0; h < 2; ++h)
+        for (u32 e = 0; e < 2; ++e) {
+            const u32 row = row0 + 2 * q + e;
+            float scale = 1.f;
+            if (kForm != kNibbles &&
+                !T::kIsBf16) {  // to fp16's range, by a power of two for each row
+                float largest = 0.f;
 #pragma unroll
-            for (u32 e = 0; e < 2; ++e) {
-                const u32 row = row0 + 8 * h + 2 * q + e;
-                float scale = 1.f;
-                if (kForm != kNibbles &&
-                    !T::kIsBf16) {  // to fp16's range, by a power of two for each row
-                    float largest = 0.f;
+                for (int t = 0; t < RT; ++t)
+                    largest = fmaxf(largest, fabsf(sum[t / 2][t % 2 * 2 + e]));
+                largest = fmaxf(largest, shuffle_xor(largest, 4));
+                largest = fmaxf(largest, shuffle_xor(largest, 8));
+                largest = fmaxf(largest, shuffle_xor(largest, 16));
+                // 2^(10 - exponent of the largest); small ones stay small, or they would make
+                // the other sums overflow when these are relative to them.
+                const int exponent = 137 - (int)(as_bits(largest) >> 23);
+                scale = as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+                if (g == 0 && row < (u32)p.m)
+                    p.down_scale[(u64)(rank0 / 64) * p.padded_m + row] = 1.f / scale;
+            }
+            if (row >= (u32)p.m) continue;
 #pragma unroll
-                    for (int t = 0; t < RT; ++t)
-                        largest = fmaxf(largest, fabsf(sum[t / 2][h][t % 2 * 2 + e]));
-                    largest = fmaxf(largest, shuffle_xor(largest, 4));
-                    largest = fmaxf(largest, shuffle_xor(largest, 8));
-                    largest = fmaxf(largest, shuffle_xor(largest, 16));
-                    // 2^(10 - exponent of the largest); small ones stay small, or they would make
-                    // the other sums overflow when these are relative to them.
-                    const int exponent = 137 - (int)(as_bits(largest) >> 23);
-                    scale = as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
-                    if (g == 0 && row < (u32)p.m)
-                        p.down_scale[(u64)(rank0 / 64) * p.padded_m + row] = 1.f / scale;
-                }
-                if (row >= (u32)p.m) continue;
-#pragma unroll
-                for (u32 t = 0; t < RT; ++t) {
-                    const u32 rank = rank0 + t * 8 + g;
-                    const float value = sum[t / 2][h][t % 2 * 2 + e];
-                    if (kForm != kNibbles) {
-                        // Far from overflow: products of these are added without a check.
-                        constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
-                        const u64 width = (p.rank + 63) / 64 * 64;
-                        const u64 at = kForm == kBytes
-                                           ? row * width + rank
-                                           : ((u64)(rank / 64) * p.padded_m + row) * 64 +
-                                                 ((rank % 64 / 8) ^ (row % 8)) * 8 + g;
-                        ((u16*)p.down)[at] =
-                            (u16)T::pack(fminf(fmaxf(value * scale, -kMost), kMost), 0.f);
-                    } else if (rank < (u32)p.rank) {
-                        ((float*)p.down)[(u64)row * p.rank + rank] =
-                            fminf(fmaxf(value, -kFloatMax), kFloatMax);
-                    }
+            for (int t = 0; t < RT; ++t) {
+                const u32 rank = rank0 + t * 8 + g;
+                const float value = sum[t / 2][t % 2 * 2 + e];
+                if (kForm != kNibbles) {
+                    // Far from overflow: products of these are added without a check.
+                    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
+                    const u64 width = (p.rank + 63) / 64 * 64;
+                    const u64 at = kForm == kBytes ? row * width + rank
+                                                   : ((u64)(rank / 64) * p.padded_m + row) * 64 +
+                                                         ((rank % 64 / 8) ^ (row % 8)) * 8 + g;
+                    ((u16*)p.down)[at] =
+                        (u16)T::pack(fminf(fmaxf(value * scale, -kMost), kMost), 0.f);
+                } else if (rank < (u32)p.rank) {
+                    ((float*)p.down)[(u64)row * p.rank + rank] =
+                        fminf(fmaxf(value, -kFloatMax), kFloatMax);
                 }
             }
+        }
     }
 };
 
+// Brings weights to the second-level cache, a line for each of all blocks' threads. Nothing is read
+// by this, so it may be done before the kernel in front of this one has ended, whatever it writes.
+SVDQ_DEVICE void prefetch(const void* from, u32 bytes) {
+    for (u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * 128; at < bytes;
+         at += gridDim.x * blockDim.x * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)from + at));
+}
+
+// The group after `group` of a warp's. An image's chunks are a warp's as a whole.
+SVDQ_DEVICE u32 group_after(u32 group, u32 warps) {
+    if (kForm != kImage) return group + warps;
+    return group % kChunk == kChunk - 1 ? group + 1 + (warps - 1) * kChunk : group + 1;
+}
+
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
+extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     svdq_quantize_int4(const Arguments p) {
     extern __shared__ __align__(128) u8 memory[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const u32 g = lane / 4, q = lane % 4;
-    const u32 first = blockIdx.y * p.slice_groups;
-    const u32 count = min(p.slice_groups, p.k / kGroup - (int)first);
+    const u32 groups = p.k / kGroup, first = kForm == kImage ? warp * kChunk : warp;
     const u32 rank0 = blockIdx.z * RT * 8;
     const bool quantizes = blockIdx.z == 0;  // the blocks of further ranks only multiply
 
-    const u32 tile = blockIdx.x * warps + warp, row0 = tile * kRows;
+    const u32 block = blockIdx.x, longer = p.longer;
+    const u32 eights = p.eights + (block < longer), tiles = (eights + 1) / 2;
+    const u32 row0 = (block * p.eights + min(block, longer)) * 8;
     const u32 last_row = p.m - 1;
-    const u16* x0 = p.x + (u64)min(row0 + g, last_row) * p.k + first * kGroup + 8 * q;
-    const u16* x1 = p.x + (u64)min(row0 + g + 8, last_row) * p.k + first * kGroup + 8 * q;
 
-    const u32 slabs = shared_address(memory);
-    const u32 ring = slabs + 2 * kStepBytes + warp * kStages * kWarpX + lane * 16;
-    const u32 inverse_smooth = slabs + 2 * kStepBytes + warps * kStages * kWarpX;
-    const u32 scales = inverse_smooth + p.slice_groups * kGroup * 4 + warp * kScaleBytes;
-    Output out(p, row0, lane, scales, first);
+    const u32 mine = shared_address(memory) + warp * kWarpBytes;
+    const u32 ring = mine + 2 * kSlab + lane * 16;
+    const Output out(p, lane);
 
-    u32 filled = 0, write = ring, read = ring;
-    auto copy_x = [&] {  // the next group's
-        if (filled++ < count) {
+    // The next tile of x: of a group all tiles, then of the next group.
+    u32 next_group = first, next_tile = 0, write = ring, read = ring;
+    auto copy_x = [&] {
+        if (next_group < groups) {
+            const u32 row = row0 + next_tile * kRows + g, column = next_group * kGroup + 8 * q;
+            const u16* x0 = p.x + (min(row, last_row) * p.k + column);
+            const u16* x1 = p.x + (min(row + 8, last_row) * p.k + column);
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                copy_or_zero<16>(write + 512 * c, (c < 2 ? x0 : x1) + c % 2 * 32, true);
-            x0 += kGroup;
-            x1 += kGroup;
-            write = write == ring + (kStages - 1) * kWarpX ? ring : write + kWarpX;
+                copy_or_zero<16>(write + 512 * c, (c < 2 ? x0 : x1) + c % 2 * 32,
+                                 c < 2 || 2 * next_tile + 1 < eights);
+            write = write == ring + (kStages - 1) * kTileX ? ring : write + kTileX;
+            if (++next_tile == tiles) {
+                next_tile = 0;
+                next_group = group_after(next_group, warps);
+            }
         }
         copy_commit();
     };
-    auto copy_step = [&](u32 step) {
+    constexpr u32 kRowsAtOnce = 32 / kTiles;  // of a slab, by a warp
+    const u32 slab_row = lane / kTiles, slab_chunk = lane % kTiles;
+    auto copy_slab = [&](u32 slab, u32 group) {
         if constexpr (RT > 0) {
-            const u32 to = slabs + step % 2 * kStepBytes;
-            const int groups = min(kStep, (int)(count - step * kStep));
-            const u16* from = p.proj_down + (u64)(first + step * kStep) * kGroup * p.rank + rank0;
-            for (int i = threadIdx.x; i < groups * kGroup * RT; i += blockDim.x) {
-                const u32 row = (u32)i / kTiles, chunk = (u32)i % kTiles;
-                copy_or_zero<16>(to + row / kGroup * kSlab + slab_offset(row % kGroup, chunk),
-                                 from + (u64)row * p.rank + chunk * 8, rank0 + chunk * 8 < p.rank);
+            if (group < groups) {
+                const bool exists = rank0 + slab_chunk * 8 < (u32)p.rank;
+                const u16* from = p.proj_down + (u64)(group * kGroup + slab_row) * p.rank + rank0 +
+                                  slab_chunk * 8;
+#pragma unroll
+                for (u32 row = 0; row < kGroup; row += kRowsAtOnce) {
+                    copy_or_zero<16>(slab + slab_offset(row + slab_row, slab_chunk), from, exists);
+                    from += kRowsAtOnce * p.rank;
+                }
             }
+            copy_commit();
         }
     };
+    // Two columns' smoothing factors.
+    auto load_smooth = [&](u32 group) {
+        return group < groups ? ((const u32*)p.smooth)[group * (kGroup / 2) + lane] : 0;
+    };
 
-    copy_step(0);
-    copy_step(1);
+    if (RT > 0 && quantizes) prefetch(p.proj_down, p.k * p.rank * 2);
+    if (quantizes) prefetch(p.smooth, p.k * 2);
+    wait_for_kernel_before();
+    let_next_kernel_start();
+
+    u32 turn = 0;  // which of the two slabs, in bytes
+    const u32 second = group_after(first, warps), third = group_after(second, warps);
+    copy_x();  // first, since it comes from farthest
+    copy_slab(mine, first);
+    copy_slab(mine + kSlab, second);
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i)
+    for (int i = 1; i < kStages; ++i)
         copy_x();
-    for (u32 i = threadIdx.x; i < count * kGroup / 2; i += blockDim.x) {
-        const u32 pair = ((const u32*)(p.smooth + first * kGroup))[i];
-        store_shared4(inverse_smooth + 8 * i, as_bits(inverse_factor(T::low(pair))));
-        store_shared4(inverse_smooth + 8 * i + 4, as_bits(inverse_factor(T::high(pair))));
-    }
-    __syncthreads();
+    u32 smooth = load_smooth(first);
 
     const Signs signs(g, q);
-    Sums sum = {};
+    Sums sum[kMostTiles] = {};
     // Fragment rows of products s: 32 (s / 2) + 4 (s % 2) rows on from these, which leaves the
     // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
-    const u32 fragment =
-        slabs + slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
+    const u32 fragment = slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
 
-    auto take_group = [&](u32 i, bool odd) {
-        const bool next_step = i % kStep == 0;
-        if (RT && next_step && i) {
-            __syncthreads();  // everyone is done with the step before
-            copy_step(i / kStep + 1);
-        }
-        copy_x();
-        if (RT && next_step) {
-            copy_wait<(kStages - 1 < kStep ? kStages - 1 : kStep)>();  // it came kStep copies ago
-            __syncthreads();
-        } else {
-            copy_wait<kStages - 1>();
-        }
+    auto take_tile = [&](Sums& sum, u32 tile, u32 group) {
         Fragment x(read);
-        read = read == ring + (kStages - 1) * kWarpX ? ring : read + kWarpX;
+        read = read == ring + (kStages - 1) * kTileX ? ring : read + kTileX;
+        copy_x();  // to where this tile was
+        const u32 tile_row = row0 + tile * kRows;
+        const u32 halves = min(eights - 2 * tile, 2u);
         if (kPrologue == kGelu) apply_gelu(x);
         if (kPrologue == kModulate)
-            apply_modulation(x, p, min(row0 + g, last_row), min(row0 + g + 8, last_row),
-                             (first + i) * kGroup + 8 * q);
+            apply_modulation(x, p, min(tile_row + g, last_row), min(tile_row + g + 8, last_row),
+                             group * kGroup + 8 * q);
         if constexpr (RT > 0) {
-            const u32 slab = fragment + i / kStep % 2 * kStepBytes + i % kStep * kSlab;
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
 #pragma unroll
                 for (int t = 0; t < RT / 2; ++t) {
                     u32 a[4];
-                    load_matrices_transposed(a,
-                                             (slab ^ t << 5) + (s / 2 * 32 + s % 2 * 4) * kStride);
+                    load_matrices_transposed(a, ((mine + turn + fragment) ^ t << 5) +
+                                                    (s / 2 * 32 + s % 2 * 4) * kStride);
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
                         mma_16bit<T>(sum[t][h], a, x.pair[h][2 * s], x.pair[h][2 * s + 1]);
@@ -475,60 +489,73 @@ extern "C" __global__ void __launch_bounds__(kMostThreads, 1)
             }
         }
         if (quantizes) {
+            const u32 scales = mine + kScales + tile * kTileScales;
             Values values[2];
-            values_of(values, x, inverse_smooth + (i * kGroup + 8 * q) * 4, signs);
+            values_of(values, x, mine + kInverse + 32 * q, signs);
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
+                if (h == halves) break;
                 u32 codes[4];
                 const float scale = quantize_row(values[h], x.pair[h], codes);
-                out.codes(i, odd, h, codes, scale);
+                out.codes(tile_row, group, h, codes, scale, scales);
             }
-            if (kForm == kImage && (i % kChunk == kChunk - 1 || i == count - 1))
-                out.chunk((first + i) / kChunk, i % kChunk + 1);
+            if (kForm == kImage && (group % kChunk == kChunk - 1 || group == groups - 1))
+                out.chunk(tile_row, 8 * halves, group / kChunk, group % kChunk + 1, scales);
         }
     };
 
-    // A slice begins at an even group, so odd ones are known when this is compiled.
 #pragma unroll 1
-    for (u32 i = 0; i < count; i += 2) {
-        take_group(i, false);
-        if (i + 1 < count) take_group(i + 1, true);
+    for (u32 group = first; group < groups;) {
+        const u32 next = group_after(group, warps);
+        // The first two slabs come before the second tile, others before as many tiles as a group
+        // has and one more slab.
+        if (RT == 0 || group < third) {
+            copy_wait<kStages - 1>();
+        } else if (tiles == 1) {
+            copy_wait<(kStages - 1 < 2 ? kStages - 1 : 2)>();
+        } else {
+            copy_wait<(kStages - 1 < 3 ? kStages - 1 : 3)>();
+        }
+        store_shared8(mine + kInverse + 8 * lane, as_bits(inverse_factor(T::low(smooth))),
+                      as_bits(inverse_factor(T::high(smooth))));
+        smooth = load_smooth(next);
+        __syncwarp();
+#pragma unroll
+        for (u32 t = 0; t < kMostTiles; ++t)
+            if (t < tiles) {
+                if (t) copy_wait<kStages - 1>();
+                take_tile(sum[t], t, group);
+            }
+        __syncwarp();  // everyone is done with the slab and the factors
+        copy_slab(mine + turn, group_after(next, warps));
+        turn ^= kSlab;
+        group = next;
     }
 
-    // ---- x . proj_down: of several slices, the warp that finishes last adds them up, in a fixed
-    // order
+    // ---- x . proj_down: the warps' sums, in their order; eight rows for each warp
     if constexpr (RT > 0) {
-        if (row0 >= (u32)p.m) return;
-        if (gridDim.y > 1) {
-            const u32 tiles = gridDim.x * warps;
-            const u64 slot = (u64)blockIdx.z * gridDim.y * tiles + tile;
-            float4* partial = (float4*)p.partial + lane;
-            const float4* mine = (const float4*)sum;
 #pragma unroll
-            for (int n = 0; n < RT; ++n)
-                partial[((slot + (u64)blockIdx.y * tiles) * RT + n) * 32] = mine[n];
-            __threadfence();
-            __syncwarp();
-            u32 finished = 0;
-            u32* counter = p.counters + blockIdx.z * tiles + tile;
-            if (lane == 0) {
-                finished = atomicAdd(counter, 1u);
-                if (finished == gridDim.y - 1) *counter = 0;  // as the next launch needs it
+        for (u32 t = 0; t < kMostTiles; ++t)
+#pragma unroll
+            for (int n = 0; n < RT; ++n) {
+                const float* v = sum[t][n / 2][n % 2];
+                store_shared16(mine + ((t * RT + n) * 32 + lane) * 16, as_bits(v[0]), as_bits(v[1]),
+                               as_bits(v[2]), as_bits(v[3]));
             }
-            finished = __shfl_sync(0xFFFFFFFFu, finished, 0);
-            if (finished != gridDim.y - 1) return;
-            __threadfence();
-            float4 total[kTiles] = {};
-#pragma unroll 2
-            for (u32 s = 0; s < gridDim.y; ++s)
+        __syncthreads();
+        for (u32 eight = warp; eight < eights; eight += warps) {
+            const u32 from =
+                shared_address(memory) + ((eight / 2 * RT + eight % 2) * 32 + lane) * 16;
+            float total[kPairs][4] = {};
+#pragma unroll 4
+            for (u32 w = 0; w < warps; ++w)
 #pragma unroll
-                for (int n = 0; n < RT; ++n) {
-                    const float4 v = __ldcg(&partial[((slot + (u64)s * tiles) * RT + n) * 32]);
-                    total[n].x += v.x, total[n].y += v.y, total[n].z += v.z, total[n].w += v.w;
+                for (u32 i = 0; i < kPairs; ++i) {
+                    const uint4 v = load_shared16(from + w * kWarpBytes + i * 1024);
+                    total[i][0] += as_float(v.x), total[i][1] += as_float(v.y);
+                    total[i][2] += as_float(v.z), total[i][3] += as_float(v.w);
                 }
-            out.down((const Sums&)total, rank0);
-            return;
+            out.down(total, row0 + eight * 8, rank0);
         }
-        out.down(sum, rank0);
     }
 }

@@ -18,7 +18,7 @@ from ..errors import SVDQuantError
 from . import driver, library, plan
 
 # The kernels' Arguments structures: pointers, then sizes, as the compiler lays them out.
-_QUANTIZE = struct.Struct("8P4i2P2i2P")
+_QUANTIZE = struct.Struct("6P5i2P2i2P")
 _GEMM = struct.Struct("8P4i5P2i3Pf0P")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
@@ -71,9 +71,8 @@ def _quantize_kernel(
     index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int, output: int
 ) -> tuple[Kernel, plan.QuantizeLaunch]:
     launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, output)
-    shared = launch.build.shared_bytes(launch.slice_groups, launch.warps)
-    kernel = kernel_of(index, launch.build, launch.grid, shared)
-    return kernel._replace(threads=launch.warps * 32), launch
+    kernel = kernel_of(index, launch.build, launch.grid, launch.build.shared_bytes(launch.warps))
+    return kernel._replace(threads=launch.warps * 32, early=card(index)[0] >= plan.HOPPER), launch
 
 
 _NOTHING = nullcontext()
@@ -189,15 +188,8 @@ def launch_quantizer(
         kernel, shape = _quantize_kernel(
             index, m, k, rank, x.dtype == torch.bfloat16, bool(act_unsigned), prologue, out.output
         )
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        partial = counters = None
-        if rank and shape.grid[1] > 1:
-            tiles = shape.grid[0] * shape.warps * shape.grid[2]
-            sums = tiles * shape.grid[1] * plan.QuantizeBuild.rows * shape.build.rank_tiles * 8
-            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-            counters = zero_counters(x, stream, tiles)
         kernel.launch(
-            stream,
+            torch._C._cuda_getCurrentRawStream(index),
             _QUANTIZE.pack(
                 x.data_ptr(),
                 smooth_factor.data_ptr(),
@@ -205,12 +197,11 @@ def launch_quantizer(
                 out.qact.data_ptr(),
                 out.act_scale.data_ptr(),
                 out.down.data_ptr(),
-                0 if partial is None else partial.data_ptr(),
-                0 if counters is None else counters.data_ptr(),
                 m,
                 k,
                 rank,
-                shape.slice_groups,
+                shape.eights,
+                shape.longer,
                 scale_pointer,
                 shift_pointer,
                 modulation_rows,

@@ -164,7 +164,7 @@ def absmax(
 @lru_cache(maxsize=4096)
 def _quantize_kernel(
     index: int, m: int, k: int, rank: int, bf16: bool, output: int
-) -> tuple[Kernel, plan.QuantizeLaunch]:
+) -> tuple[Kernel, plan.Nvfp4QuantizeLaunch]:
     shape = plan.nvfp4_quantize_launch(*card(index), m, k, rank, bf16, output)
     kernel = kernel_of(index, shape.build, shape.grid, shape.build.shared_bytes(shape.slice_groups, shape.warps))
     return kernel._replace(threads=shape.warps * 32), shape

@@ -25,11 +25,11 @@ CODES, WIDE, ABSMAX = 0, 1, 2
 ARCHITECTURES = {75: "75", 80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 120: "120a"}
 
 
-# Columns whose scales are kept relative to one another's on Hopper, in groups; also the quantizer's shortest slice.
+# Columns whose scales are kept relative to one another's on Hopper, in groups.
 CHUNK_GROUPS = 8
-# Groups of 64 columns whose smoothing factors a block of the quantizer holds at most.
+# Groups of 64 columns whose smoothing factors a block of NVFP4's quantizer holds at most.
 MOST_SLICE_GROUPS = 64
-# Warps of the quantizer that keep a multiprocessor busy.
+# Warps of NVFP4's quantizer that keep a multiprocessor busy.
 BUSY_WARPS = 14
 
 
@@ -128,22 +128,28 @@ class QuantizeBuild:
     rank_tiles: int
     prologue: int = PLAIN
     stages: int = 4
-    most_warps: int = 14
+    most_warps: int = 12
     output: int = NIBBLES
+    most_tiles: int = 3  # of 16 rows, in a block
 
     source = "quantize_int4.cu"
     entry = "svdq_quantize_int4"
-    rows = 16  # of a warp
+    rows = 8  # that a block has a number of
 
     @property
     def threads(self) -> int:
         return self.most_warps * 32
 
-    def shared_bytes(self, slice_groups: int = MOST_SLICE_GROUPS, warps: int | None = None) -> int:
-        """Dynamic shared memory: two steps of proj_down, x, 1 / smooth, and for an image its chunks' scales."""
-        steps = 2 * 4 * GROUP * 64 if self.rank_tiles else 0
-        scales = self.rows * CHUNK_GROUPS * 4 if self.output == IMAGE else 0
-        return steps + (warps or self.most_warps) * (self.stages * 2048 + scales) + slice_groups * GROUP * 4
+    @property
+    def warp_bytes(self) -> int:
+        """Shared memory of a warp: two slabs of proj_down, x, 1 / smooth, and for an image its chunks' scales."""
+        slab = GROUP * (128 if self.rank_tiles > 4 else 64) if self.rank_tiles else 0
+        scales = 16 * CHUNK_GROUPS * 4 if self.output == IMAGE else 0
+        return 2 * slab + self.stages * 16 * GROUP * 2 + GROUP * 4 + self.most_tiles * scales
+
+    def shared_bytes(self, warps: int | None = None) -> int:
+        """Dynamic shared memory of a block."""
+        return (warps or self.most_warps) * self.warp_bytes
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
@@ -153,6 +159,8 @@ class QuantizeBuild:
             "SVDQ_RANK_TILES": self.rank_tiles,
             "SVDQ_PROLOGUE": self.prologue,
             "SVDQ_STAGES": self.stages,
+            "SVDQ_WARPS": self.most_warps,
+            "SVDQ_TILES": self.most_tiles,
             "SVDQ_OUTPUT": self.output,
         }
 
@@ -505,7 +513,10 @@ class Nvfp4QuantizeBuild:
 
 @dataclass(frozen=True)
 class RowsBuild:
-    """One build of ``csrc/quantize_rows.cu``: a cluster of blocks has ``rows`` rows, each a part of the columns."""
+    """One build of ``csrc/quantize_rows.cu``: a cluster of blocks has ``rows`` rows, each a part of the columns.
+
+    ``rank_tiles`` are products of 8 ranks, of a low-rank branch that is not in the weight; rotated layers have none.
+    """
 
     bf16: bool
     cluster: int
@@ -695,26 +706,39 @@ def _nvfp4_tiles(capability: int, epilogue: int) -> tuple[Tile, ...]:
     return (*tiles, SMALL) if epilogue == STORE else tiles
 
 
-def quantize_staging(capability: int) -> tuple[int, int]:
-    """(stages of x, most warps in a block) of the quantizer, to what shared memory holds."""
-    if capability < 80:
-        return 2, 4
-    return {80: (4, 12), 90: (5, 14), 100: (5, 14), 103: (5, 14)}.get(capability, (3, 8))
+# Shared memory of a multiprocessor that blocks can have, in KB, where it is not 99.
+_QUANTIZE_SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 103: 227}
+_RESERVED_SHARED = 1024  # of each block
+
+
+def quantize_staging(capability: int, rank_tiles: int = 4, output: int = NIBBLES) -> tuple[int, int]:
+    """(stages of x, most warps in a block) of INT4's quantizer, to what shared memory holds."""
+    shared = _QUANTIZE_SHARED.get(capability, 99)
+    stages, warps = (3, 12) if shared > 64 else (2, 4)
+    room = shared * 1024 // QuantizeBuild(True, False, rank_tiles, PLAIN, stages, warps, output).warp_bytes
+    return stages, min(warps, room)
 
 
 def nvfp4_quantize_staging(capability: int) -> tuple[int, int]:
-    """The same of NVFP4's quantizer."""
-    stages, most_warps = quantize_staging(capability)
-    return (3, 20) if most_warps == 14 else (stages, most_warps)
+    """The same of NVFP4's."""
+    if capability < 80:
+        return 2, 4
+    return {80: (4, 12), 90: (3, 20), 100: (3, 20), 103: (3, 20)}.get(capability, (3, 8))
 
 
 class QuantizeLaunch(NamedTuple):
-    """How the quantizer is launched; ``grid`` is (blocks of rows, slices of the columns, blocks of ranks)."""
+    """How INT4's quantizer is launched.
 
-    build: QuantizeBuild | Nvfp4QuantizeBuild
+    Attributes:
+        grid: (blocks of rows, 1, blocks of ranks).
+        eights: of a block, eight rows each; the ``longer`` first ones have one more.
+    """
+
+    build: QuantizeBuild
     grid: tuple[int, int, int]
     warps: int
-    slice_groups: int
+    eights: int
+    longer: int
 
 
 @lru_cache(maxsize=4096)
@@ -729,20 +753,45 @@ def quantize_launch(
     prologue: int = PLAIN,
     output: int = NIBBLES,
 ) -> QuantizeLaunch:
-    """The build for an (m, k) input and the shape of its launch.
+    """The build for an (m, k) input and the shape of its launch."""
+    products = rank_tiles(capability, rank)
+    staging = quantize_staging(capability, products, output)
+    build = QuantizeBuild(bf16, unsigned, products, prologue, *staging, output)
+    return quantize_shape(build, capability, multiprocessors, m, k, rank)
 
-    A warp's slice of the columns is long enough that about ``BUSY_WARPS`` of them make up a
-    multiprocessor's share of the work, and a block has as many warps as deals them out most evenly.
-    """
-    build = QuantizeBuild(bf16, unsigned, rank_tiles(capability, rank), prologue, *quantize_staging(capability), output)
-    return _quantizer_shape(build, multiprocessors, m, k, rank, CHUNK_GROUPS, BUSY_WARPS)
+
+def quantize_shape(
+    build: QuantizeBuild, capability: int, multiprocessors: int, m: int, k: int, rank: int
+) -> QuantizeLaunch:
+    """Warps share the columns evenly, and as many blocks as the card holds at once, or several times, the rows."""
+    groups, eights = k // GROUP, _ceil(m, build.rows)
+    parts = _ceil(groups, CHUNK_GROUPS) if build.output == IMAGE else groups
+    warps = _ceil(parts, _ceil(parts, build.most_warps))
+    shared = _QUANTIZE_SHARED.get(capability, 99) * 1024 + _RESERVED_SHARED
+    fitting = shared // (build.shared_bytes(warps) + _RESERVED_SHARED)
+    places = multiprocessors * max(min(fitting, build.most_warps // warps), 1)
+    blocks = min(eights, places * _ceil(eights, places * 2 * build.most_tiles))
+    return QuantizeLaunch(
+        build, (blocks, 1, _ceil(rank, build.rank_tiles * 8 or 1) or 1), warps, *divmod(eights, blocks)
+    )
+
+
+class Nvfp4QuantizeLaunch(NamedTuple):
+    """How NVFP4's is launched; ``grid`` is (blocks of rows, slices of the columns, blocks of ranks)."""
+
+    build: Nvfp4QuantizeBuild
+    grid: tuple[int, int, int]
+    warps: int
+    slice_groups: int
 
 
 @lru_cache(maxsize=4096)
 def nvfp4_quantize_launch(
     capability: int, multiprocessors: int, m: int, k: int, rank: int, bf16: bool, output: int = CODES
-) -> QuantizeLaunch:
-    """The same for NVFP4, which computes more for a byte: more warps, where they fit, and shorter slices."""
+) -> Nvfp4QuantizeLaunch:
+    """The same for NVFP4: warps have 16 rows and slices of the columns, long enough that ``busy_warps`` of
+    them make up a multiprocessor's share of the work; a block has as many warps as deals them out most evenly.
+    """
     stages, most_warps = nvfp4_quantize_staging(capability)
     build = Nvfp4QuantizeBuild(bf16, rank_tiles(capability, rank), output, stages, most_warps)
     return _quantizer_shape(build, multiprocessors, m, k, rank, 2, 18 if most_warps >= 18 else BUSY_WARPS)
@@ -754,14 +803,14 @@ def rank_tiles(capability: int, rank: int) -> int:
 
 
 def _quantizer_shape(
-    build: QuantizeBuild | Nvfp4QuantizeBuild,
+    build: Nvfp4QuantizeBuild,
     multiprocessors: int,
     m: int,
     k: int,
     rank: int,
     chunk_groups: int,
     busy_warps: int,
-) -> QuantizeLaunch:
+) -> Nvfp4QuantizeLaunch:
     """Slices of whole chunks, and warps in a block, that keep a card busy."""
     groups, row_tiles = k // GROUP, _ceil(m, build.rows)
     chunks = _ceil(groups, chunk_groups)
@@ -775,7 +824,7 @@ def _quantizer_shape(
         return _ceil(_ceil(row_tiles, warps) * slices, multiprocessors) * warps
 
     warps = min(range(build.most_warps, 0, -1), key=most_warps_on_a_multiprocessor)
-    return QuantizeLaunch(
+    return Nvfp4QuantizeLaunch(
         build, (_ceil(row_tiles, warps), slices, _ceil(rank, build.rank_tiles * 8 or 1) or 1), warps, slice_groups
     )
 
@@ -785,8 +834,8 @@ def all_builds(capability: int) -> list[Build]:
     builds: list[Build] = []
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
-            QuantizeBuild(bf16, unsigned, rank_tiles, prologue, *quantize_staging(capability), output)
-            for rank_tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE))
+            QuantizeBuild(bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output), output)
+            for tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE))
             if not (unsigned and prologue == ROTATE)
             for output in (
                 (NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue in (PLAIN, ROTATE) else (NIBBLES,)

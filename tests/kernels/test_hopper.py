@@ -96,28 +96,48 @@ def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, output: int, tmp_pa
     build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *plan.quantize_staging(plan.HOPPER), output)
     mix = sass.mix(disassembled(build, plan.HOPPER, tmp_path))
     assert not {"LDL", "STL"} & set(mix)
-    assert mix["HMMA"] == 8 * rank_tiles, "two groups at once, 16 ranks and 8 rows a product"
+    assert mix["HMMA"] == 12 * rank_tiles, "three tiles at once, 16 ranks and 8 rows a product"
 
 
-@pytest.mark.parametrize("cluster", plan.ROWS_CLUSTERS)
-@pytest.mark.parametrize("bf16", [True, False])
-def test_rows_are_held_and_told_without_fences(bf16: bool, cluster: int, tmp_path: Path) -> None:
-    mix = sass.mix(disassembled(plan.RowsBuild(bf16, cluster), plan.HOPPER, tmp_path))
-    assert mix["HMMA"] == 8, "a rotation of 16 rows and 64 columns"
-    assert mix["STAS"] == 1 and mix["UTMALDG"] == 1
-    assert not {"LDL", "STL", "MEMBAR"} & set(mix)
+@pytest.mark.parametrize("build", [b for b in plan.rows_builds() if b.cluster == 7 * b.bf16 + 1], ids=plan.build_name)
+def test_rows_stay_in_shared_memory(build: plan.RowsBuild, tmp_path: Path) -> None:
+    code = list(disassembled(build, plan.HOPPER, tmp_path))
+    mix = sass.mix(code)
+    # A rotation of 16 rows and 64 columns, or as many columns of the branch by two products of 8 ranks.
+    assert mix["HMMA"] == (8 if build.rotate or build.rank_tiles else 0)
+    assert mix["UTMALDG"] == (2 if build.rank_tiles else 1)
+    assert not {"LDL", "STL", "ATOMG", "RED"} & set(mix)
+    encode = min((loop for loop in sass.loops(code) if sass.mix(loop)["PRMT"] == 24), key=len)
+    assert len(encode) <= (180 if build.rotate else 220), "of 32 values a lane"
+    assert not {"MEMBAR", "FENCE", "I2F", "F2I"} & set(sass.mix(encode))
 
 
-def test_rows_fit_their_clusters() -> None:
+AT_ONCE = (132, 66, 30, 15)  # clusters that an H200 said it runs
+
+
+@pytest.mark.parametrize(("rotate", "rank"), [(True, 0), (False, 0), (False, 32), (False, 40)])
+def test_rows_fit_their_clusters(rotate: bool, rank: int) -> None:
+    builds = plan.all_builds(plan.HOPPER)
     for m, k in itertools.product((1, 77, 512, 4608), (64, 640, 3072, 15360, plan.RowsBuild.most_k)):
-        launch = plan.rows_launch(132, m, k, True)
-        assert launch.build in plan.all_builds(plan.HOPPER)
-        assert launch.blocks % launch.build.cluster == 0
-        assert launch.blocks // launch.build.cluster * launch.build.rows >= m
-        assert launch.groups * launch.build.cluster * plan.GROUP >= k
-        assert 1 <= launch.warps <= min(launch.groups, launch.build.threads // 32)
-        assert launch.shared <= launch.build.shared_bytes()
-        assert launch.warps * 32 >= 4 * launch.build.cluster, "a thread for four of each block's rows"
+        launch = plan.rows_launch(AT_ONCE, m, k, rank, True, rotate)
+        if launch is None:
+            assert not rotate and k * max(rank, 32) > 15360 * 32, "only where smoothing or proj_down has no room"
+            continue
+        build, cluster = launch.build, launch.build.cluster
+        assert build in builds and build.rank_tiles * 8 >= rank
+        assert launch.blocks % cluster == 0
+        assert launch.blocks // cluster <= AT_ONCE[plan.ROWS_CLUSTERS.index(cluster)]
+        groups = launch.boxes * launch.box
+        assert groups * cluster * plan.GROUP >= k
+        assert 1 <= launch.warps <= min(groups, build.most_warps)
+        assert launch.threads == 32 * (launch.warps + build.other_warps) <= build.threads
+        assert launch.boxes <= launch.ring_boxes
+        assert launch.ring_boxes * build.box_bytes(launch.box) <= launch.shared <= build.shared_bytes()
+
+
+def test_no_rows_fit_what_is_too_long() -> None:
+    assert plan.rows_launch(AT_ONCE, 16, 2 * plan.RowsBuild.most_k, 0, True, True) is None
+    assert plan.rows_launch(AT_ONCE, 16, 3072, 65, True, False) is None
 
 
 def unswizzled(image: torch.Tensor) -> torch.Tensor:
