@@ -165,19 +165,30 @@ def measure_layers() -> list[dict]:
 
 
 def measure_modulations(bandwidth: float) -> list[dict]:
-    """W4A16 at FLUX's modulations, and a copy of as many bytes: so few that it does not reach the bandwidth either."""
+    """W4A16 at FLUX's modulations, and a copy of as many bytes: so few that it does not reach the bandwidth either.
+
+    Layers run one after another, which may overlap, and as in a model, each after a SiLU that makes its input
+    (``after_silu``): of pairs less what their SiLUs take alone.
+    """
+    linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     results = []
     for (k, n), m in ((shape, m) for shape in MODULATIONS for m in (1, 4, 8)):
         moved = n * k // 2 + 4 * n * k // awq.GROUP_SIZE + 2 * (m * k + m * n + n)
         sets = bench.copies(lambda s=(m, k, n): awq_operands(*s, torch.bfloat16), moved)
         us = bench.median_us([lambda o=o: linear_awq_w4a16(**o) for o in sets])
         weights = bench.copies(lambda s=(n, k): torch.randn(s, device="cuda", dtype=torch.bfloat16), 2 * n * k)
-        dense = bench.median_us([lambda w=w, o=sets[0]: torch.nn.functional.linear(o["x"], w) for w in weights])
+        dense = bench.median_us([lambda w=w, o=sets[0]: linear(o["x"], w) for w in weights])
+        pairs = [lambda o=o: linear_awq_w4a16(**o | {"x": silu(o["x"])}) for o in sets]
+        after_silu = bench.median_us(pairs) - bench.median_us([lambda o=o: silu(o["x"]) for o in sets])
+        x = sets[0]["x"]
+        pairs = [lambda w=w, x=x: linear(silu(x), w) for w in weights]
+        dense_after_silu = bench.median_us(pairs) - bench.median_us([lambda x=x: silu(x)] * len(weights))
         halves = bench.copies(
             lambda size=moved // 8: (torch.randn(size, device="cuda"), torch.empty(size, device="cuda")), moved
         )
         copy = bench.median_us([lambda a=a, b=b: torch.mul(a, 1.0, out=b) for a, b in halves])
         result = {"m": m, "k": k, "n": n, "w4a16_us": us, "16bit_us": dense, "copy_us": copy}
+        result |= {"w4a16_after_silu_us": after_silu, "16bit_after_silu_us": dense_after_silu}
         results.append(result | {"share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth})
         print(results[-1], flush=True)
     return results

@@ -3,10 +3,10 @@
 //
 // Tensor cores make the products, with W on the left: its 16 x 16 fragments meet 16 x 8 of x^T, so
 // eight rows of x cost what one does. Codes plus an offset are exact in 16 bits; a group's sums,
-// and those of x alone, which the zeros want, are float32 and are scaled when the group ends (24 is
-// the offset and the codes' centre):
+// and those of x alone, are float32 and are scaled when the group ends (24 is the offset and the
+// codes' centre):
 //
-//     y[n] += scale[g, n] * (sum of (code + 16) * x - 24 * sum of x) + zero[g, n] * (sum of x)
+//     y[n] += scale[g, n] * (sum of (code + 16) * x) + (zero[g, n] - 24 * scale[g, n]) * (sum of x)
 //
 //                     K
 //                warp 0 | warp 1 | ...    Block b has the tiles of 16 outputs b, b + blocks and so
@@ -18,9 +18,16 @@
 // Where the warps of a block cannot cover K, they go through the tiles again with other groups.
 // Where N is an odd number of eights, the last tile begins eight early.
 //
-//     shared memory:  stages [warp][STAGES]  |  bias [tile][16]  |  sums [tile][warp][row of x][16]
-//     a stage:        codes, 16 rows of 128 bytes | scales, 4 groups of 16 | zeros, 4 groups of 16
-//                     chunk c of row r at c ^ (2 * (r / 2 % 4))
+//     shared memory:   stages [warp]  |  bias [tile][16]  |  sums [tile][warp][row of x][16]
+//     a warp's stages: codes [8][STAGES][2 rows of 128 bytes]  |  [STAGES][scales, zeros][4][16]
+//                      chunk c of row r at c ^ (2 * (r / 2 % 4)), the other stage at address ^ 256
+//
+// A launch may begin while the kernel in front of it ends (Launcher.launch, `early`). Nothing may
+// be read before the wait: that kernel may be what writes x, or a weight (made or uploaded just
+// before), and even one that never lets the next start does so when its blocks have ended, ahead of
+// its writes being visible. So until then W is only fetched into the second-level cache, where a
+// later write changes it like any other. Behind the wait all earlier kernels have ended, and only
+// then is the next let start: whoever waits for ours has waited for all before.
 //
 // Row g of a fragment is output 2g, row g + 8 output 2g + 1 (g = lane / 4, q = lane % 4), so a
 // lane's two scales are a word. In a group lane q has columns 16q .. 16q + 15; nibbles j and j + 4
@@ -39,6 +46,10 @@ constexpr int kRows = 16, kGroups = 4;  // of a stage
 constexpr int kRowBytes = kGroups * kGroup / 2;
 constexpr int kCodes = kRows * kRowBytes, kScales = kRows * kGroups * 2;
 constexpr int kStageBytes = kCodes + 2 * kScales;
+constexpr int kPairBytes = kStages * 2 * kRowBytes;      // of two rows, in all stages
+constexpr u32 kOther = kStages > 1 ? 2 * kRowBytes : 0;  // to the other stage
+static_assert(kStages <= 2 && 2 * kScales == 2 * kRowBytes);
+constexpr bool kEarly = SVDQ_ARCH >= 900;  // whether the first tile is fetched before the wait
 
 struct Arguments {
     const u16* x;      // (M, K)
@@ -74,6 +85,11 @@ SVDQ_DEVICE u32 kept(u32 value) {
     return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
 }
 
+// A hint to fetch a line into the second-level cache, where it is as new as any read finds it.
+SVDQ_DEVICE void fetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Of a group, a lane's 16 columns of a row of x.
 struct Columns {
     uint4 first, second;
@@ -84,11 +100,10 @@ struct Columns {
     }
 };
 
-// The same, paired as codes are; sums of two rows of x, and what the group's products with codes
-// start from.
+// The same, paired as codes are; and sums of two rows of x.
 struct Operand {
     u32 pair[8];
-    float sum[2], start[4];
+    float sum[2];
 
     SVDQ_DEVICE void take(const Columns& x) {
         const u32 from[8] = {x.first.x,  x.first.y,  x.first.z,  x.first.w,
@@ -104,84 +119,98 @@ struct Operand {
         for (int i = 0; i < 8; i += 2)
             mma_16bit<T>(sums, ones, pair[i], pair[i + 1]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            sum[e % 2] = sums[e];
-            start[e] = as_float(kept(as_bits(-kOffset * sums[e])));
-        }
+        for (int e = 0; e < 2; ++e)
+            sum[e] = sums[e];
     }
 };
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(const Arguments p) {
-    extern __shared__ __align__(128) u8 shared[];
+    extern __shared__ __align__(512) u8 shared[];
     const u32 lane = kept(threadIdx.x % 32);
     const int warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const int warps = blockDim.x / 32, groups = p.k / kGroup;
 
+    // Of the first tile what this warp will copy: 128 bytes of each row, each group's scales and
+    // zeros.
+    const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
+    const int first_n = block * kRows, step_n = gridDim.x * kRows, last_n = p.n - kRows;
+    const u32 row_bytes = p.k / 2;
+    const int first_group = warp * kGroups;
+    if (kEarly && first_group < groups) {
+        const u32 n = min(first_n, last_n), group = first_group;
+        if (lane < kRows)
+            fetch(p.weight + ((n + lane) * row_bytes + group * (kGroup / 2)));
+        else if (lane < kRows + 2 * kGroups)
+            fetch((lane % 8 < 4 ? p.scale : p.zero) +
+                  (min(group + lane % 4, groups - 1) * p.n + n));
+    }
+    wait_for_kernel_before();
+    let_next_kernel_start();
+
     // x comes first: behind the copies of W it would wait for all of them. In place of rows and
     // groups that x does not have others are read: their sums are not used.
-    const u16* const x_row = p.x + (u32)min(g, p.m - 1) * p.k + q * 16;
     Columns columns[kGroups];
     auto read_x = [&](int round) {
+        const int thread = read_thread_again(), group = (round * warps + thread / 32) * kGroups;
+        const u16* const row = p.x + (u32)min(thread % 32 / 4, p.m - 1) * p.k + thread % 4 * 16;
 #pragma unroll
         for (int i = 0; i < kGroups; ++i)
-            columns[i].read(x_row + min((round * warps + warp) * kGroups + i, groups - 1) * kGroup);
+            columns[i].read(row + min(group + i, groups - 1) * kGroup);
     };
     read_x(0);
+    __syncwarp();  // the compiler would put some copies first
 
     // Copies: 16 bytes of rows lane / 8 + 4i, and with 16 of the lanes those of the same groups'
     // scales and zeros.
-    const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
-    const int first_n = block * kRows, step_n = gridDim.x * kRows, last_n = p.n - kRows;
-    const u32 stages = kept(shared_address(shared + warp * kStages * kStageBytes));
-    const u32 row_bytes = p.k / 2, row = lane / 8, chunk = lane % 8;
-    const u32 to = kept(row * kRowBytes + ((chunk ^ row / 2 * 2) << 4)), to_odd = kept(to ^ 64);
-    const u32 scale_to = kept(kCodes + lane * 16);
-    const u16* const scales = (lane < 8 ? p.scale : p.zero) + lane % 2 * 8;
-    int copies = p.rounds * tiles, copy_n = first_n, copy_group = warp * kGroups + lane % 8 / 2;
-    u32 copy_slot = stages;
+    const u32 stages = shared_address(shared + warp * kStages * kStageBytes);
+    const u32 row = lane / 8, chunk = lane % 8;
+    u32 to =
+        kept(stages + row / 2 * kPairBytes + row % 2 * kRowBytes + ((chunk ^ row / 2 * 2) << 4));
+    u32 scale_to = kept(stages + kStages * kCodes + lane * 16);
+    const u8* const scales = (const u8*)(lane < 8 ? p.scale : p.zero);
+    int copy_n = first_n, copy_group = warp * kGroups + lane % 8 / 2;
     auto copy_stage = [&]() {
-        if (--copies >= 0) {
+        if (copy_group < p.rounds * warps * kGroups) {
             const u32 n = min(copy_n, last_n);
             const u32 group = min(copy_group, groups - 1);
+            const u32 half = lane % 2 * 16;
             const u8* const codes =
-                p.weight + ((n + row) * row_bytes + group * (kGroup / 2) + lane % 2 * 16);
+                p.weight + ((n + row) * row_bytes + group * (kGroup / 2) + half);
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i)
-                copy_or_zero<16>(copy_slot + (i % 2 ? to_odd : to) + i * 4 * kRowBytes,
+                copy_or_zero<16>((i % 2 ? to ^ 64 : to) + i * 2 * kPairBytes,
                                  codes + i * 4 * row_bytes, true);
             // Where K has ended, scales of zero keep out what is read.
             if (lane < 16)
-                copy_or_zero<16>(copy_slot + scale_to, scales + (group * p.n + n),
+                copy_or_zero<16>(scale_to, scales + ((group * p.n + n) * 2 + half),
                                  copy_group < groups);
             copy_n += step_n;
             if (copy_n == first_n + tiles * step_n) {
                 copy_n = first_n;
                 copy_group += warps * kGroups;
             }
-            copy_slot += kStageBytes;
-            if (copy_slot == stages + kStages * kStageBytes) copy_slot = stages;
+            to ^= kOther, scale_to ^= kOther;
         }
         copy_commit();
     };
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s)
+        copy_stage();
+
     u16* const bias = (u16*)(shared + warps * kStages * kStageBytes);
     if (p.bias)
         for (int i = threadIdx.x; i < tiles * 2; i += warps * 32)
             copy_or_zero<16>(shared_address(bias + i * 8),
                              p.bias + min(first_n + i / 2 * step_n, last_n) + i % 2 * 8, true);
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s)
-        copy_stage();
-
-    const u32 codes_at = kept(2 * g * kRowBytes + g % 4 * 32 + q * 8),
-              scales_at = kept(kCodes + g * 4);
-    // K is even. Of a mere constant the compiler would make a register anew for every word.
-    const u32 mask = p.k % 2 ? 0 : kMask;
+    u32 codes_at = kept(stages + g * kPairBytes + g % 4 * 32 + q * 8);
+    u32 scales_at = kept(stages + kStages * kCodes + g * 4);
+    // A lane is less than 32. Of a mere constant the compiler would make a register for every word.
+    const u32 mask = kept(lane & 32 ? 0 : kMask);
     float* const sums = (float*)(bias + tiles * kRows);
     const u32 sums_stride = warps * p.m * kRows * 4;
     const u32 sums_start = kept(shared_address(sums + (warp * p.m + 2 * q) * kRows + 2 * g));
-    u32 slot = stages;
     for (int round = 0; round < p.rounds; ++round) {
         Operand x[kGroups];
 #pragma unroll
@@ -195,11 +224,11 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
             float acc[4] = {};
 #pragma unroll
             for (int i = 0; i < kGroups; ++i) {
-                const uint2 even = load_shared8((slot + codes_at) ^ i * 32);
-                const uint2 odd = load_shared8(((slot + codes_at) ^ i * 32) + kRowBytes);
-                const u32 scale = load_shared4(slot + scales_at + i * kRows * 2);
-                const u32 zero = load_shared4(slot + scales_at + kScales + i * kRows * 2);
-                float products[4] = {x[i].start[0], x[i].start[1], x[i].start[2], x[i].start[3]};
+                const uint2 even = load_shared8(codes_at ^ i * 32);
+                const uint2 odd = load_shared8((codes_at ^ i * 32) + kRowBytes);
+                const u32 scale = load_shared4(scales_at + i * kRows * 2);
+                const u32 zero = load_shared4(scales_at + kScales + i * kRows * 2);
+                float products[4] = {};
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const u32 word[2] = {half ? even.y : even.x, half ? odd.y : odd.x};
@@ -214,11 +243,11 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
                 for (int e = 0; e < 4; ++e) {
                     const float s = e < 2 ? T::low(scale) : T::high(scale);
                     const float z = e < 2 ? T::low(zero) : T::high(zero);
-                    acc[e] = fmaf(s, products[e], fmaf(z, x[i].sum[e % 2], acc[e]));
+                    acc[e] =
+                        fmaf(s, products[e], fmaf(fmaf(-kOffset, s, z), x[i].sum[e % 2], acc[e]));
                 }
             }
-            slot += kStageBytes;
-            if (slot == stages + kStages * kStageBytes) slot = stages;
+            codes_at ^= kOther, scales_at ^= kOther;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 if (2 * q + h >= p.m) break;
@@ -239,19 +268,19 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
 
     copy_wait<0>();
     __syncthreads();
-    // Four outputs of a row of x for each thread.
-    const int quads = p.m * (kRows / 4);
-    for (int i = threadIdx.x; i < tiles * quads; i += warps * 32) {
-        const int tile = i / quads, quad = i % quads, m = quad / (kRows / 4);
-        const int column = quad % (kRows / 4) * 4,
-                  n = min(first_n + tile * step_n, last_n) + column;
+    // A warp adds up a tile, a lane four outputs of a row of x.
+    const int thread = read_thread_again();
+    const int m = thread % 32 / (kRows / 4), column = thread % (kRows / 4) * 4;
+    if (m >= p.m) return;
+    for (int tile = thread / 32; tile < tiles; tile += warps) {
+        const int n = min(first_n + tile * step_n, last_n) + column;
         uint2 first = make_uint2(0, 0);
         if (p.bias) first = *(const uint2*)(bias + tile * kRows + column);
         float y[4] = {T::low(first.x), T::high(first.x), T::low(first.y), T::high(first.y)};
-        const float4* from = (const float4*)sums + tile * warps * quads + quad;
+        const float4* from = (const float4*)(sums + (tile * warps * p.m + m) * kRows + column);
 #pragma unroll 4
         for (int w = 0; w < warps; ++w) {
-            const float4 v = from[w * quads];
+            const float4 v = from[w * p.m * (kRows / 4)];
             y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
         }
         *(uint2*)(p.out + (u32)m * p.n + n) =

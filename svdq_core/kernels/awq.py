@@ -72,7 +72,7 @@ def linear(
 def _kernel(index: int, m: int, n: int, k: int, bf16: bool) -> tuple[Kernel, plan.GemvLaunch]:
     shape = plan.gemv_awq_launch(*card(index), m, n, k, bf16)
     kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
-    return kernel._replace(threads=shape.warps * 32), shape
+    return kernel._replace(threads=shape.warps * 32, early=card(index)[0] >= 90), shape
 
 
 def _dequantize_and_multiply(x, weight, weight_scale, weight_zero, bias) -> torch.Tensor:

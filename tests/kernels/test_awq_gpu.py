@@ -107,6 +107,115 @@ def test_graph() -> None:
     assert torch.equal(eager, captured)
 
 
+# ---- a kernel that starts while the one in front of it ends: what that one writes is read behind the wait only
+
+ROUNDS = 200
+
+
+def _layers(count: int, m: int, k: int) -> list[dict]:
+    """Square layers, of which each takes what the one before gives, at about the same scale."""
+    layers = [operands(m, k, k, torch.bfloat16) | {"x": None} for _ in range(count)]
+    for o in layers:
+        for name in ("weight_scale", "weight_zero"):
+            o[name] /= 0.05 * k**0.5
+    return layers
+
+
+def _chain(x: torch.Tensor, layers: list[dict]) -> list[torch.Tensor]:
+    """SiLU and a layer, whose output the next one takes right away; nothing in between."""
+    outputs = [torch.nn.functional.silu(x)]
+    for o in layers:
+        outputs.append(linear_awq_w4a16(**o | {"x": outputs[-1]}))
+    return outputs
+
+
+def _assert_chain(outputs: list[torch.Tensor], layers: list[dict]) -> None:
+    """Each layer against float64 of the input that it should have had."""
+    for o, x, y in zip(layers, outputs, outputs[1:], strict=False):
+        assert error(y, exact(o | {"x": x})) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["stream", "graph"])
+@pytest.mark.parametrize(("m", "k"), [(1, 3072), (8, 3072), (4, 512)])
+def test_input_from_the_kernel_before(m: int, k: int, in_graph: bool) -> None:
+    """x is torch's output and then another layer's, new ones every time."""
+    layers = _layers(4, m, k)
+    x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda")
+    inputs = torch.randn(ROUNDS, m, k, device="cuda").bfloat16()
+    expected = []
+    for value in inputs:  # one kernel at a time
+        outputs = [torch.nn.functional.silu(value)]
+        for o in layers:
+            torch.cuda.synchronize()
+            outputs.append(linear_awq_w4a16(**o | {"x": outputs[-1]}))
+        expected.append(outputs)
+    for outputs in expected[:: ROUNDS // 4]:
+        _assert_chain(outputs, layers)
+    seen = []
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _chain(x, layers)
+        for value in inputs:
+            x.copy_(value)
+            graph.replay()
+            seen.append([y.clone() for y in captured])
+    else:
+        for value in inputs:
+            x.copy_(value)
+            seen.append(_chain(x, layers))
+    torch.cuda.synchronize()
+    for found, outputs in zip(seen, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, outputs, strict=True))
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["stream", "graph"])
+@pytest.mark.parametrize("written", ["weight", "weight_scale", "weight_zero", "bias"])
+def test_operand_written_by_the_kernel_before(written: str, in_graph: bool) -> None:
+    """An operand in place, by the kernel in front; the one before that is a layer that has just read it."""
+    m, k, n = 2, 3072, 3072
+    o = operands(m, k, n, torch.bfloat16)
+    kept = o[written]
+    values = [operands(m, k, n, torch.bfloat16)[written] for _ in range(4)]
+    expected = [linear_awq_w4a16(**o | {written: value}) for value in values]
+    for value, y in zip(values, expected, strict=True):
+        assert error(y, exact(o | {written: value})) < TOLERANCE[torch.bfloat16]
+    source = torch.empty_like(kept)
+
+    def write_and_multiply() -> torch.Tensor:
+        torch.add(source, 0, out=kept)  # a kernel; copy_ would be a copy, which nothing overtakes
+        return linear_awq_w4a16(**o)
+
+    source.copy_(values[0])
+    captured, graph = write_and_multiply(), torch.cuda.CUDAGraph()
+    if in_graph:
+        with torch.cuda.graph(graph):
+            captured = write_and_multiply()
+    seen = []
+    for index in range(ROUNDS):
+        source.copy_(values[index % 4])
+        linear_awq_w4a16(**o)
+        if in_graph:
+            graph.replay()
+        seen.append(captured.clone() if in_graph else write_and_multiply())
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[index % 4]) for index, y in enumerate(seen))
+
+
+def test_output_is_where_the_kernel_before_reads() -> None:
+    """A layer's output may take the place of an input that the layer in front is still reading."""
+    first, second = (operands(8, 3072, 3072, torch.bfloat16) for _ in range(2))
+    x, other = first.pop("x"), second.pop("x")
+    expected = linear_awq_w4a16(x, **first), linear_awq_w4a16(other, **second)
+    for _ in range(ROUNDS):
+        copy = x.clone()
+        y = linear_awq_w4a16(copy, **first)
+        del copy  # torch gives its memory to the next output
+        z = linear_awq_w4a16(other, **second)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(z, expected[1])
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
