@@ -17,6 +17,8 @@
 //   weight   | consumer 1, 64 rows  |
 //            +----------------------+
 //
+// A product has 256 columns at most; a wider tile is two products of half its tokens each.
+//
 // A block runs over the output, tile by tile. The first warpgroup copies (one thread does), the
 // other two compute. A stage is 128 bytes of every token's row:
 //
@@ -29,14 +31,17 @@
 #ifndef SVDQ_NVFP4  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_NVFP4 1
 #    define SVDQ_COLUMNS 256
+#    define SVDQ_PRODUCTS 1
 #    define SVDQ_STAGES 4
+#    define SVDQ_BUFFERS 4
 #endif
 
 namespace {
 
 constexpr bool kNVFP4 = SVDQ_NVFP4;
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
-constexpr int kRows = 64 * kConsumers, kTokens = SVDQ_COLUMNS, kStages = SVDQ_STAGES;
+constexpr int kProducts = SVDQ_PRODUCTS, kColumns = SVDQ_COLUMNS;  // next to each other
+constexpr int kRows = 64 * kConsumers, kTokens = kProducts * kColumns, kStages = SVDQ_STAGES;
 constexpr int kSums = kTokens / 2;  // of a thread, in 64 x kTokens / 128
 // Whether tokens have factors of their own: of their codes, or of `down` in fp16.
 constexpr bool kTokenFactors = !kNVFP4 || !SVDQ_BF16;
@@ -45,7 +50,8 @@ constexpr u32 kBlocks = 2;  // of a cluster
 constexpr u32 kBytesTokens = kTokens * 128;
 constexpr u32 kBytesWeight = kRows * (kNVFP4 ? 32 : 128), kBytesScales = kNVFP4 ? 4 * kRows : 0;
 constexpr u32 kStageBytes = (kBytesTokens + kBytesWeight + kBytesScales + 1023) / 1024 * 1024;
-constexpr int kPiece = 32, kPieces = kTokens / kPiece, kBuffers = 4;  // of outputs on their way
+// Outputs on their way.
+constexpr int kPiece = 32, kPieces = kTokens / kPiece, kBuffers = SVDQ_BUFFERS;
 constexpr u32 kPieceBytes = kPiece * 128;
 
 struct Arguments {
@@ -143,6 +149,17 @@ using Sum = float;
 using Sum = int;
 #endif
 
+// A product's columns of a thread's sums, and its tokens' operand.
+template <class S>
+using ProductSums = S[kColumns / 2];
+template <class S>
+SVDQ_DEVICE ProductSums<S>& sums_of(S (&sum)[kSums], int product) {
+    return *(ProductSums<S>*)(sum + product * (kColumns / 2));
+}
+SVDQ_DEVICE u64 tokens_of(u64 tokens, int product) {
+    return tokens + (product * kColumns * 128 >> 4);
+}
+
 struct Consumer {
     const Arguments& p;
     const Shared& shared;
@@ -198,15 +215,21 @@ struct Consumer {
         fragments(a);
         products_fence();
 #    pragma unroll
-        for (int i = 0; i < 4; ++i)
-            multiply_16bit<Fp16>(sum, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
-                                 tokens + 2 * i, keep || i > 0);
+        for (int i = 0; i < 4 * kProducts; ++i) {
+            const int step = i / kProducts, product = i % kProducts;
+            multiply_16bit<Fp16>(sums_of(sum, product), a[4 * step], a[4 * step + 1],
+                                 a[4 * step + 2], a[4 * step + 3],
+                                 tokens_of(tokens, product) + 2 * step, keep || step > 0);
+        }
 #else
         const u64 weight = operand(shared.stage(ring.slot) + kBytesTokens + index * 64 * 128);
         products_fence();
 #    pragma unroll
-        for (int i = 0; i < 4; ++i)
-            multiply_int8(sum, weight + 2 * i, tokens + 2 * i, keep || i > 0);
+        for (int i = 0; i < 4 * kProducts; ++i) {
+            const int step = i / kProducts, product = i % kProducts;
+            multiply_int8(sums_of(sum, product), weight + 2 * step,
+                          tokens_of(tokens, product) + 2 * step, keep || step > 0);
+        }
 #endif
         products_commit();
         if (!First) {
@@ -233,9 +256,10 @@ struct Consumer {
         leave_slot(last);
     }
 
-    // What the epilogue needs of a tile, fetched early: of this thread's rows, and of two tokens.
+    // What the epilogue needs of a tile, fetched early: of this thread's rows, and of some tokens.
     struct Factors {
-        float weight[2], bias[2], before[2], after[2];
+        static constexpr int kShare = (kTokens + 127) / 128;
+        float weight[2], bias[2], before[kShare], after[kShare];
 
         SVDQ_DEVICE Factors(const Arguments& p, int first_row, int first_token) {
 #pragma unroll
@@ -249,6 +273,9 @@ struct Consumer {
                 weight[i] = valid ? p.weight_scale[n] : 0.f;
 #endif
                 bias[i] = valid && p.bias ? T::low(p.bias[n]) : 0.f;
+            }
+#pragma unroll
+            for (int i = 0; i < kShare; ++i) {
                 const int token = first_token + i * 128 + threadIdx.x % 128;
                 before[i] = after[i] = 1.f;
                 if (token < p.m) {
@@ -275,7 +302,7 @@ struct Consumer {
             return;
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < Factors::kShare; ++i) {
             const u32 token = i * 128 + threadIdx.x % 128;
             if (token < kTokens)
                 store_shared8(staged + token * 8, as_bits(f.before[i]), as_bits(f.after[i]));
@@ -311,8 +338,11 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (block * 64 + i * 16 < p.rank)
-                    multiply_16bit<T>(result, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
-                                      tokens + 2 * i, true);
+#pragma unroll
+                    for (int product = 0; product < kProducts; ++product)
+                        multiply_16bit<T>(sums_of(result, product), a[4 * i], a[4 * i + 1],
+                                          a[4 * i + 2], a[4 * i + 3],
+                                          tokens_of(tokens, product) + 2 * i, true);
             products_commit();
             products_wait<0>();
             products_fence_sums(result);

@@ -101,7 +101,18 @@ SVDQ_DEVICE void tensor_load(u32 shared, const TensorMap& map, int x, int y, u32
         : "memory");
 }
 
-// The same for all blocks of the cluster: to the same place in each, counted by each one's barrier.
+// The same of three dimensions, x in elements.
+SVDQ_DEVICE void tensor_load_3d(u32 shared, const TensorMap& map, int x, int y, int z,
+                                u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared),
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
+}
+
+// As tensor_load, for all blocks of the cluster: to the same place in each, counted by each one's
+// barrier.
 template <u32 Blocks>
 SVDQ_DEVICE void tensor_load_shared_by(u32 shared, const TensorMap& map, int x, int y,
                                        u32 barrier) {
@@ -164,6 +175,17 @@ SVDQ_DEVICE void store_shared16_at(u32 shared, uint4 v, u32 barrier, u32 block) 
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%1, %2, %3, %4},"
         " [counter]; }" ::"r"(shared),
         "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier), "r"(block)
+        : "memory");
+}
+
+// The same for 8 bytes.
+SVDQ_DEVICE void store_shared8_at(u32 shared, u32 first, u32 second, u32 barrier, u32 block) {
+    asm volatile(
+        "{ .reg .b32 there, counter;"
+        "mapa.shared::cluster.u32 there, %0, %4; mapa.shared::cluster.u32 counter, %3, %4;"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%1, %2},"
+        " [counter]; }" ::"r"(shared),
+        "r"(first), "r"(second), "r"(barrier), "r"(block)
         : "memory");
 }
 
@@ -258,6 +280,9 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
         SVDQ_NAMES_48                                                              \
         ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
         "%62, %63"
+#    define SVDQ_NAMES_72 \
+        SVDQ_NAMES_64     \
+        ", %64, %65, %66, %67, %68, %69, %70, %71"
 #    define SVDQ_NAMES_96                                                          \
         SVDQ_NAMES_64                                                              \
         ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
@@ -301,6 +326,16 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
 #        define SVDQ_INPUT3 "%99"
 #        define SVDQ_INPUT4 "%100"
 #        define SVDQ_INPUT5 "%101"
+#    elif SVDQ_COLUMNS == 144
+#        define SVDQ_SHAPE "m64n144"
+#        define SVDQ_SUMS SVDQ_NAMES_72
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_8(con, 64)
+#        define SVDQ_INPUT0 "%72"
+#        define SVDQ_INPUT1 "%73"
+#        define SVDQ_INPUT2 "%74"
+#        define SVDQ_INPUT3 "%75"
+#        define SVDQ_INPUT4 "%76"
+#        define SVDQ_INPUT5 "%77"
 #    elif SVDQ_COLUMNS == 128
 #        define SVDQ_SHAPE "m64n128"
 #        define SVDQ_SUMS SVDQ_NAMES_64

@@ -15,6 +15,8 @@ from typing import Protocol
 from ..errors import SVDQuantError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_GROUP_BYTES = 128  # of 64 columns in 16 bits
+_SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_64B and _128B, by the bytes of a box's row
 _INVALID_CONTEXT = 201  # this thread has not used CUDA yet
 
 
@@ -161,31 +163,69 @@ def tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int, box_bytes
     Args:
         pointer: on a 16-byte boundary.
         row_bytes: a multiple of 16.
-        swizzled: in shared memory, rows are 128 bytes and their 16-byte chunk c lies at c ^ (row % 8).
+        swizzled: in shared memory 16-byte chunk c of a row lies at c ^ (row % 8) where a box's rows are 128 bytes,
+            at c ^ (row / 2 % 4) where they are 64.
 
     Raises:
         DriverError: the driver refuses.
     """
+    return _encoded(
+        pointer, (row_bytes, rows), (row_bytes,), (box_bytes, box_rows), _SWIZZLES[box_bytes] if swizzled else 0
+    )
+
+
+@lru_cache(maxsize=16384)
+def grouped_tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int, box_groups: int) -> bytes:
+    """The same of a matrix taken as groups of 128 bytes along its rows: (groups, rows, 128 bytes), swizzled.
+
+    A box has its groups one after another, each with all of the box's rows.
+    """
+    sizes = (_GROUP_BYTES, rows, -(-row_bytes // _GROUP_BYTES))
+    return _encoded(pointer, sizes, (row_bytes, _GROUP_BYTES), (_GROUP_BYTES, box_rows, box_groups), _SWIZZLES[128])
+
+
+def _encoded(
+    pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+) -> bytes:
+    """``cuTensorMapEncodeTiled`` of elements that are bytes, innermost first."""
     encoded = (ctypes.c_uint64 * 32)()
     aligned = -ctypes.addressof(encoded) % 64
     target = ctypes.c_void_p(ctypes.addressof(encoded) + aligned)
+    dimensions = len(sizes)
     result = _library().cuTensorMapEncodeTiled(
         target,
         0,  # bytes
-        2,
+        dimensions,
         ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 2)(row_bytes, rows),
-        (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)(box_bytes, box_rows),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * dimensions)(*sizes),
+        (ctypes.c_uint64 * (dimensions - 1))(*strides),
+        (ctypes.c_uint32 * dimensions)(*box),
+        (ctypes.c_uint32 * dimensions)(*[1] * dimensions),
         0,  # not interleaved
-        3 if swizzled else 0,
+        swizzle,
         3,  # fetched by 256 bytes to the second-level cache
         0,  # zeros beyond the edges
     )
     if result:
-        raise DriverError(f"CUDA driver: error {result} while describing a tensor of {rows} rows of {row_bytes} bytes")
+        raise DriverError(f"CUDA driver: error {result} while describing a tensor of {sizes} bytes")
     return ctypes.string_at(target, 128)
+
+
+def clusters_at_once(function: int, threads: int, shared: int, cluster: int) -> int:
+    """How many clusters of so many blocks of a kernel the current device runs at the same time.
+
+    Raises:
+        DriverError: the driver does not say.
+    """
+    count = ctypes.c_int()
+    attribute = _LaunchAttribute(4, 0, (cluster, 1, 1))  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    config = _LaunchConfig((cluster, 1, 1), (threads, 1, 1), shared, None, ctypes.pointer(attribute), 1)
+    result = _library().cuOccupancyMaxActiveClusters(
+        ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config)
+    )
+    if result:
+        raise DriverError(f"CUDA driver: error {result} while asking for clusters of {cluster} blocks")
+    return count.value
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""W8A8: the launches of ``csrc/quantize_int8.cu`` and ``csrc/gemm_int8.cu``."""
+"""W8A8: the launches of ``csrc/quantize_int8.cu`` and ``csrc/gemm_int8.cu``, and on Hopper of its own kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from . import plan, ungrouped
+from . import plan, rows, ungrouped
 from .launch import (
     Kernel,
     KernelInputError,
@@ -74,6 +74,9 @@ def quantize(
         the rank; and its scale (M,) float32, None for bfloat16: powers of two that keep it in float16's range.
     """
     (m, k), index = x.shape, x.device.index
+    proj_down = pad_rank(proj_down)
+    if m and rows.takes(x, proj_down.shape[1]):
+        return rows.quantize_with_branch(x, smooth_factor, proj_down)
     largest, down, down_scale = absmax(x, smooth_factor, proj_down)
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)

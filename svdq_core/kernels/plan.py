@@ -230,8 +230,21 @@ class UngroupedGemmBuild:
 
     source = "gemm_ungrouped.cu"
     entry = "svdq_gemm_ungrouped"
-    _OUTPUTS = 2 * 4 * 32 * 128
     rows, cluster, threads = 128, 2, 384
+
+    @property
+    def products(self) -> int:
+        """Products that a tile's width takes."""
+        return _ceil(self.tokens, 256)
+
+    @property
+    def _buffers(self) -> int:
+        """Pieces of 32 tokens that a consumer has on their way out: where stages are large there is less room."""
+        return 4 // self.products
+
+    @property
+    def _outputs(self) -> int:
+        return 2 * self._buffers * 32 * 128
 
     @property
     def _stage_bytes(self) -> int:
@@ -241,11 +254,11 @@ class UngroupedGemmBuild:
     @property
     def stages(self) -> int:
         """As many as fit."""
-        return (HOPPER_SHARED - self._OUTPUTS) // self._stage_bytes
+        return (HOPPER_SHARED - self._outputs) // self._stage_bytes
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the stages, outputs on their way out, barriers."""
-        return self.stages * self._stage_bytes + self._OUTPUTS
+        return self.stages * self._stage_bytes + self._outputs
 
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""
@@ -257,13 +270,20 @@ class UngroupedGemmBuild:
         return {
             "SVDQ_BF16": int(self.bf16),
             "SVDQ_NVFP4": int(self.nvfp4),
-            "SVDQ_COLUMNS": self.tokens,
+            "SVDQ_COLUMNS": self.tokens // self.products,
+            "SVDQ_PRODUCTS": self.products,
             "SVDQ_STAGES": self.stages,
+            "SVDQ_BUFFERS": self._buffers,
         }
 
 
-# Widths of a tile that ``gemm_ungrouped.cu`` has.
-TOKENS = (256, 224, 192, 128)
+# Widths of a tile that ``gemm_ungrouped.cu`` has; the widest was measured with INT8 only, and is for that.
+TOKENS = (288, 256, 224, 192, 128)
+
+
+def ungrouped_builds(bf16: bool, nvfp4: bool) -> list[UngroupedGemmBuild]:
+    """All there are of a type."""
+    return [UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS if tokens <= 256 or not nvfp4]
 
 
 @lru_cache(maxsize=4096)
@@ -274,7 +294,7 @@ def ungrouped_build(multiprocessors: int, m: int, n: int, bf16: bool, nvfp4: boo
         # A tile of few tokens reads more for a product, and each has its end, worth about 16 tokens.
         return build.turns(m, n, multiprocessors).rounds * (build.tokens + 16)
 
-    return min((UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS), key=time)
+    return min(ungrouped_builds(bf16, nvfp4), key=time)
 
 
 @dataclass(frozen=True)
@@ -520,52 +540,110 @@ class RowsBuild:
 
     bf16: bool
     cluster: int
+    rotate: bool
+    rank_tiles: int = 0
 
     source = "quantize_rows.cu"
     entry = "svdq_quantize_rows"
-    rows, threads = 16, 256  # so many threads at most
-    most_k = 8 * 112 * GROUP  # of which eight blocks have room for 16 rows
+    rows, threads = 16, 896  # so many threads at most
+    most_k = 8 * 104 * GROUP  # for which the rings of eight blocks have room for 16 rows
+
+    @property
+    def other_warps(self) -> int:
+        """Of a block's warps, those that do not compute: the branch's, and two."""
+        return self.rank_tiles + 2
+
+    @property
+    def most_warps(self) -> int:
+        """That compute."""
+        return min(self.threads // 32 - self.other_warps, 24)
 
     def shared_bytes(self) -> int:
         """The most dynamic shared memory that a launch asks for."""
         return HOPPER_SHARED
 
-    def block_bytes(self, groups: int) -> int:
-        """A block's: x of its groups, rows' largest and factors, barriers."""
-        return groups * (self.rows * 128 + 8) + (self.cluster + 2) * self.rows * 4 + 8
+    def fixed_bytes(self, groups: int, warps: int) -> int:
+        """A block's shared memory but the ring: proj_down, 1 / smooth_factor, what rows come to, barriers."""
+        columns = groups * GROUP * (self.rank_tiles * 16 + (0 if self.rotate else 4))
+        sums = 2 * self.rows * self.rank_tiles * 8 * 4
+        return columns + 2 * (self.rows * 4 * (warps + self.cluster + 1) + sums) + 9 * 8
+
+    def box_bytes(self, groups: int) -> int:
+        """So many groups in the ring, with two barriers."""
+        return groups * self.rows * GROUP * 2 + 16
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
-        return {"SVDQ_BF16": int(self.bf16), "SVDQ_CLUSTER": self.cluster}
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_CLUSTER": self.cluster,
+            "SVDQ_ROTATE": int(self.rotate),
+            "SVDQ_RANK_TILES": self.rank_tiles,
+        }
 
 
-ROWS_CLUSTERS = (2, 4, 8)
+ROWS_CLUSTERS = (1, 2, 4, 8)
+ROWS_RANK_TILES = (0, 4, 8)
+
+
+def rows_builds() -> list[RowsBuild]:
+    """All builds of the rows' quantizer."""
+    kinds = [(True, 0), *((False, tiles) for tiles in ROWS_RANK_TILES)]
+    builds = (RowsBuild(b, c, *kind) for b, c, kind in product((True, False), ROWS_CLUSTERS, kinds))
+    return [build for build in builds if build.cluster > 1 or not build.rank_tiles]
 
 
 class RowsLaunch(NamedTuple):
-    """How ``quantize_rows.cu`` is launched; a block has ``groups`` groups of 64 columns."""
+    """How ``quantize_rows.cu`` is launched.
+
+    Attributes:
+        warps: of a block, those that compute.
+        boxes: of a block's part of the columns, of ``box`` groups of 64 each.
+        ring_boxes: that its shared memory has room for.
+        shared: bytes of it.
+    """
 
     build: RowsBuild
     blocks: int
+    threads: int
     warps: int
-    groups: int
+    box: int
+    boxes: int
+    ring_boxes: int
     shared: int
 
 
 @lru_cache(maxsize=4096)
-def rows_launch(multiprocessors: int, m: int, k: int, bf16: bool) -> RowsLaunch:
-    """The build for an (m, k) input, k at most ``RowsBuild.most_k``, and the shape of its launch.
+def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool, rotate: bool) -> RowsLaunch | None:
+    """The build for an (m, k) input and a branch of so many ranks, and the shape of its launch; None if none fits.
 
-    Blocks are small, so that a multiprocessor holds several and some load while others compute.
+    Args:
+        at_once: how many clusters of each size of ``ROWS_CLUSTERS`` the card runs at once.
     """
-    tiles = _ceil(m, RowsBuild.rows)
-    most = ROWS_CLUSTERS[-1]
-    cluster = next((c for c in ROWS_CLUSTERS if k <= 12 * GROUP * c and tiles * c >= multiprocessors), most)
-    build, groups, blocks = RowsBuild(bf16, cluster), _ceil(k // GROUP, cluster), tiles * cluster
-    shared = build.block_bytes(groups)
-    resident = min(HOPPER_SHARED // (shared + 1024), _ceil(blocks, multiprocessors))
-    rounds = _ceil(groups, min(max(24 // max(resident, 1), 4), 8))  # registers allow 24 warps at once
-    return RowsLaunch(build, blocks, _ceil(groups, rounds), groups, shared)
+    rank_tiles = next((tiles for tiles in ROWS_RANK_TILES if rank <= tiles * 8), None)
+    if rank_tiles is None or (rotate and rank):
+        return None
+    tiles, best = _ceil(m, RowsBuild.rows), None
+    for cluster, most in zip(ROWS_CLUSTERS, at_once, strict=True):
+        build, groups = RowsBuild(bf16, cluster, rotate, rank_tiles), _ceil(k // GROUP, cluster)
+        box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
+        boxes = _ceil(groups, box)
+        groups = boxes * box
+        warps = _ceil(groups, _ceil(groups, build.most_warps))
+        fixed = build.fixed_bytes(groups, warps)
+        ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
+        if ring_boxes < boxes or (cluster == 1 and rank_tiles):
+            continue
+        clusters = min(most, tiles)
+        turns = _ceil(tiles, clusters)
+        # A turn's groups, what blocks tell each other, and where the next rows wait for that.
+        time = turns * (groups + 4 + (0 if ring_boxes >= 2 * boxes else groups))
+        if best is None or time < best[0]:
+            threads = 32 * (warps + build.other_warps)
+            ring_boxes = min(ring_boxes, boxes * turns)
+            shared = fixed + ring_boxes * build.box_bytes(box)
+            best = time, RowsLaunch(build, clusters * cluster, threads, warps, box, boxes, ring_boxes, shared)
+    return best[1] if best else None
 
 
 @dataclass(frozen=True)
@@ -861,9 +939,9 @@ def all_builds(capability: int) -> list[Build]:
     builds += [build for bf16 in (True, False) for build in (gemv_awq_build(capability, bf16), StatisticsBuild(bf16))]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
-        builds += [UngroupedGemmBuild(*build) for build in product((True, False), (True, False), TOKENS)]
+        builds += [build for kind in product((True, False), repeat=2) for build in ungrouped_builds(*kind)]
         builds += [GridGemmBuild(*build) for build in product((True, False), GRID_HALVES)]
-        builds += [RowsBuild(*build) for build in product((True, False), ROWS_CLUSTERS)]
+        builds += rows_builds()
     return [build for build in builds if runs_on(build, capability)]
 
 

@@ -1,4 +1,4 @@
-"""A layer in 8 bits, rotated, on Hopper: the launch of ``csrc/quantize_rows.cu``, and the product after it."""
+"""Inputs in 8 bits on Hopper: the launch of ``csrc/quantize_rows.cu``; rotated ones, and the product after them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from functools import lru_cache
 
 import torch
 
-from . import plan, ungrouped
-from .driver import tensor_map
+from . import library, plan, ungrouped
+from .driver import clusters_at_once, grouped_tensor_map, tensor_map
 from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on
 
-_ARGUMENTS = struct.Struct("128s3P3i28x")  # aligned to 64 bytes
-_BOX = 128  # bytes of a row in a group
-
-
+_ARGUMENTS = struct.Struct("128s128s5P6i")  # aligned to 64 bytes
+_RANKS = 64  # columns of ``down``
 _NAME = "linear_as_int8"
 
 
@@ -53,30 +51,86 @@ def quantize(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         codes (M, K) int8 and their scale (M,) float32.
     """
-    (m, k), index = x.shape, x.device.index
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    if m:
-        with on(index):
-            kernel, groups = _kernel(index, m, k, x.dtype == torch.bfloat16)
-            kernel.launch(
-                torch._C._cuda_getCurrentRawStream(index),
-                _ARGUMENTS.pack(
-                    tensor_map(x.data_ptr(), m, 2 * k, plan.RowsBuild.rows, _BOX, True),
-                    inverse.data_ptr(),
-                    codes.data_ptr(),
-                    scale.data_ptr(),
-                    m,
-                    k,
-                    groups,
-                ),
-            )
+    codes, scale, _, _ = _quantize(x, inverse, None, True)
     return codes, scale
 
 
+def takes(x: torch.Tensor, rank: int) -> bool:
+    """Whether :func:`quantize_with_branch` takes an input and so many ranks."""
+    index = x.device.index
+    return (
+        card(index)[0] == plan.HOPPER and _launch(index, *x.shape, rank, x.dtype == torch.bfloat16, False) is not None
+    )
+
+
+def quantize_with_branch(
+    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``kernels.int8.quantize`` in one kernel, of what :func:`takes` is true of; a multiple of 8 ranks."""
+    return _quantize(x, smooth_factor, proj_down, False)
+
+
+def _quantize(
+    x: torch.Tensor, factor: torch.Tensor, proj_down: torch.Tensor | None, rotate: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    (m, k), index, bf16 = x.shape, x.device.index, x.dtype == torch.bfloat16
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    down = torch.empty((m, _RANKS if rank else 0), dtype=x.dtype, device=x.device)
+    down_scale = torch.empty(m, dtype=torch.float32, device=x.device) if rank and not bf16 else None
+    if m:
+        with on(index):
+            kernel, shape = _kernel(index, m, k, rank, bf16, rotate)
+            kernel.launch(
+                torch._C._cuda_getCurrentRawStream(index),
+                _ARGUMENTS.pack(
+                    grouped_tensor_map(x.data_ptr(), m, 2 * k, plan.RowsBuild.rows, shape.box),
+                    _branch_map(proj_down, shape) if rank else bytes(128),
+                    factor.data_ptr(),
+                    codes.data_ptr(),
+                    scale.data_ptr(),
+                    down.data_ptr(),
+                    0 if down_scale is None else down_scale.data_ptr(),
+                    m,
+                    k,
+                    shape.boxes,
+                    shape.box.bit_length() - 1,
+                    shape.ring_boxes,
+                    shape.warps,
+                ),
+            )
+    return codes, scale, down, down_scale
+
+
+def _branch_map(proj_down: torch.Tensor, shape: plan.RowsLaunch) -> bytes:
+    k, rank = proj_down.shape
+    columns, ranks = min(shape.box, 4) * plan.GROUP, shape.build.rank_tiles * 8
+    return tensor_map(proj_down.data_ptr(), k, 2 * rank, columns, 2 * ranks, True)
+
+
 @lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, k: int, bf16: bool) -> tuple[Kernel, int]:
-    """The kernel, and how many groups of columns a block has."""
-    launch = plan.rows_launch(card(index)[1], m, k, bf16)
-    kernel = kernel_of(index, launch.build, (launch.blocks, 1, 1), launch.shared)
-    return kernel._replace(threads=launch.warps * 32), launch.groups
+def _kernel(index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool) -> tuple[Kernel, plan.RowsLaunch]:
+    shape = _launch(index, m, k, rank, bf16, rotate)
+    kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
+    return kernel._replace(threads=shape.threads, early=True), shape
+
+
+def _launch(index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool) -> plan.RowsLaunch | None:
+    return plan.rows_launch(_at_once(index), m, k, rank, bf16, rotate)
+
+
+@lru_cache(maxsize=64)
+def _at_once(index: int) -> tuple[int, ...]:
+    """How many clusters of each size a card runs at once, of blocks that fill a multiprocessor."""
+    capability, multiprocessors = card(index)
+
+    def clusters(size: int) -> int:
+        if size <= 2:  # as multiprocessors come
+            return multiprocessors // size
+        build = plan.RowsBuild(True, size, True)
+        function = library.function(index, capability, build)
+        return clusters_at_once(function, build.threads, build.shared_bytes(), size)
+
+    with on(index):
+        return tuple(map(clusters, plan.ROWS_CLUSTERS))

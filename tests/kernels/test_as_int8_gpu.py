@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -65,6 +68,19 @@ def exact(o: list) -> torch.Tensor:
     return y if image.bias is None else y + image.bias.double()
 
 
+@contextmanager
+def only_cluster(monkeypatch: pytest.MonkeyPatch, cluster: int, at_once: int) -> Iterator[None]:
+    """The plan knows clusters of one size only."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "ROWS_CLUSTERS", (cluster,))
+        patch.setattr(rows, "_at_once", lambda index: (at_once,))
+        for cache in (plan.rows_launch, rows._kernel):
+            cache.cache_clear()
+        yield
+    for cache in (plan.rows_launch, rows._kernel):
+        cache.cache_clear()
+
+
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
     assert torch.isfinite(out).all()
     return ((out.double() - expected).norm() / expected.norm()).item()
@@ -85,13 +101,9 @@ def test_codes_are_the_reference_s(m: int, k: int, dtype: torch.dtype) -> None:
 def test_every_cluster_s_codes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     o = operands(50, 1600, 8, 0, dtype)
     found = []
-    for cluster in plan.ROWS_CLUSTERS:
-        monkeypatch.setattr(plan, "ROWS_CLUSTERS", (cluster,))
-        plan.rows_launch.cache_clear()
-        rows._kernel.cache_clear()
-        found.append(rows.quantize(o[0], o[1]))
-    plan.rows_launch.cache_clear()
-    rows._kernel.cache_clear()
+    for cluster, at_once in zip(plan.ROWS_CLUSTERS, rows._at_once(0), strict=True):
+        with only_cluster(monkeypatch, cluster, at_once):
+            found.append(rows.quantize(o[0], o[1]))
     assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(found[0], pair, strict=True))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from svdq_core.kernels import int8 as kernels
-from svdq_core.kernels import launch, plan, ungrouped
+from svdq_core.kernels import launch, plan, rows, ungrouped
 from svdq_core.numerics import int8
 from svdq_core.ops.cuda import register
 from svdq_core.ops.int8 import linear_int8
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_as_int8_gpu import only_cluster
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16]
@@ -97,6 +103,31 @@ def test_every_width_of_a_tile(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert error(linear_int8(**o), exact(o)) < TOLERANCE[dtype]
     for cache in (plan.ungrouped_build, ungrouped._kernel):
         cache.cache_clear()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="a Hopper kernel"
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "rank"), [(700, 1600, 24), (5000, 3072, 32), (33, 15360, 8), (50, 320, 64)])
+def test_every_cluster_s_branch(m: int, k: int, rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than clusters run at once, columns that boxes do not divide, and a last tile that is not full."""
+    o, found = operands(m, k, 8, rank, dtype), []
+    for cluster, at_once in zip(plan.ROWS_CLUSTERS, rows._at_once(0), strict=True):
+        with only_cluster(monkeypatch, cluster, at_once):
+            if not rows.takes(o["x"], rank):
+                continue
+            quantized(o)  # are the reference's
+            codes, scale, down, down_scale = kernels.quantize(o["x"], o["smooth_factor"], o["proj_down"])
+            again = kernels.quantize(o["x"], o["smooth_factor"], o["proj_down"])
+            assert torch.equal(down, again[2]), "the same bits every time"
+        found.append((codes, scale))
+        exact_down = o["x"].double() @ o["proj_down"].double()
+        scaled = down.double() if down_scale is None else down.double() * down_scale.double()[:, None]
+        assert error(scaled[:, :rank], exact_down) < TOLERANCE[dtype]
+        assert not scaled[:, rank:].any()
+    assert found
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(found[0], pair, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
