@@ -618,7 +618,7 @@ def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool,
     """The build for an (m, k) input and a branch of so many ranks, and the shape of its launch; None if none fits.
 
     Args:
-        at_once: how many clusters of each size of ``ROWS_CLUSTERS`` the card runs at once.
+        at_once: how many clusters of each size of ``ROWS_CLUSTERS`` the card runs at once; a part of one may run none.
     """
     rank_tiles = next((tiles for tiles in ROWS_RANK_TILES if rank <= tiles * 8), None)
     if rank_tiles is None or (rotate and rank):
@@ -632,7 +632,7 @@ def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool,
         warps = _ceil(groups, _ceil(groups, build.most_warps))
         fixed = build.fixed_bytes(groups, warps)
         ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
-        if ring_boxes < boxes or (cluster == 1 and rank_tiles):
+        if not most or ring_boxes < boxes or (cluster == 1 and rank_tiles):
             continue
         clusters = min(most, tiles)
         turns = _ceil(tiles, clusters)

@@ -112,6 +112,8 @@ def _branch_map(proj_down: torch.Tensor, shape: plan.RowsLaunch) -> bytes:
 @lru_cache(maxsize=4096)
 def _kernel(index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool) -> tuple[Kernel, plan.RowsLaunch]:
     shape = _launch(index, m, k, rank, bf16, rotate)
+    if shape is None:
+        raise KernelInputError(f"svdq::{_NAME}: K = {k} is too long for what this card has of clusters of blocks")
     kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
     return kernel._replace(threads=shape.threads, early=True), shape
 

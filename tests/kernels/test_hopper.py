@@ -138,6 +138,9 @@ def test_rows_fit_their_clusters(rotate: bool, rank: int) -> None:
 def test_no_rows_fit_what_is_too_long() -> None:
     assert plan.rows_launch(AT_ONCE, 16, 2 * plan.RowsBuild.most_k, 0, True, True) is None
     assert plan.rows_launch(AT_ONCE, 16, 3072, 65, True, False) is None
+    part_of_a_card = (16, 8, 2, 0)
+    assert plan.rows_launch(part_of_a_card, 4608, 15360, 0, True, True).build.cluster == 4
+    assert plan.rows_launch(part_of_a_card, 4608, plan.RowsBuild.most_k, 0, True, True) is None
 
 
 def unswizzled(image: torch.Tensor) -> torch.Tensor:
