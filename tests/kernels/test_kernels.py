@@ -6,8 +6,11 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
+import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +43,22 @@ def disassembled(build: plan.Build, capability: int, folder: Path) -> tuple[sass
     headers = {name: text for name, text in library.sources().items() if name.endswith(".cuh")}
     options = library.options(build, plan.ARCHITECTURES[capability])
     code = compiler().compile(build.source, library.sources()[build.source], headers, options)
-    path = folder / "kernel.cubin"
+    path = folder / f"{plan.build_name(build)}_{capability}.cubin"
     path.write_bytes(code)
     return tuple(sass.disassemble(path))
+
+
+def spills(builds: Iterable[plan.Build], capability: int, folder: Path) -> dict[str, dict[str, int]]:
+    """Of those builds that run on an architecture the ones with local memory, compiled side by side."""
+    builds = [build for build in builds if plan.runs_on(build, capability)]
+    assert builds or capability == 75
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        mixes = pool.map(lambda build: sass.mix(disassembled(build, capability, folder)), builds)
+        found = {
+            plan.build_name(build): {name: mix[name] for name in ("LDL", "STL") if mix[name]}
+            for build, mix in zip(builds, mixes, strict=True)
+        }
+    return {name: instructions for name, instructions in found.items() if instructions}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +81,9 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     builds += [replace(quantizer(capability), prologue=plan.ROTATE), plan.gemv_awq_build(capability, bf16)]
     builds.append(plan.StatisticsBuild(bf16))
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
-    for build in builds:
-        if plan.runs_on(build, capability):
-            mix = sass.mix(disassembled(build, capability, folder))
-            spills = {name: mix[name] for name in ("LDL", "STL") if mix[name]}
-            # sm_75 has no asynchronous copies: the copies' data passes through registers there.
-            assert not spills or capability == 75, f"{plan.build_name(build)}: {spills}"
+    found = spills(builds, capability, folder)
+    # sm_75 has no asynchronous copies: the copies' data passes through registers there.
+    assert not found or capability == 75
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -106,9 +119,7 @@ def test_no_int4_gemm_uses_local_memory(bf16: bool, folder: Path) -> None:
     """Every tile and every epilogue."""
     builds = [b for b in plan.all_builds(89) if isinstance(b, plan.GemmBuild) and b.bf16 == bf16]
     assert {b.epilogue for b in builds} == {plan.STORE, plan.GELU_QUANTIZE, plan.NORM_ROPE}
-    for build in builds:
-        mix = sass.mix(list(disassembled(build, 89, folder)))
-        assert not {"LDL", "STL"} & set(mix), plan.build_name(build)
+    assert not spills(builds, 89, folder)
 
 
 @pytest.mark.parametrize("capability", [86, 89])
