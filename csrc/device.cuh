@@ -310,6 +310,12 @@ SVDQ_DEVICE void wait_for_kernel_before() {
 #endif
 }
 
+// A hint to fetch a line into the second-level cache. It reads nothing, so it may come before that
+// wait, whatever the kernel before writes: there a line is as new as any read finds it.
+SVDQ_DEVICE void prefetch_line(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // ---- matrix fragments ---------------------------------------------------------------------------
 
 // Four 8 x 16-byte matrices: lane l passes the address of row l % 8 of matrix l / 8; afterwards

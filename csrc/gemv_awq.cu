@@ -85,11 +85,6 @@ SVDQ_DEVICE u32 kept(u32 value) {
     return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
 }
 
-// A hint to fetch a line into the second-level cache, where it is as new as any read finds it.
-SVDQ_DEVICE void fetch(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
 // Of a group, a lane's 16 columns of a row of x.
 struct Columns {
     uint4 first, second;
@@ -137,14 +132,14 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
     const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
     const int first_n = block * kRows, step_n = gridDim.x * kRows, last_n = p.n - kRows;
     const u32 row_bytes = p.k / 2;
-    const int first_group = warp * kGroups;
-    if (kEarly && first_group < groups) {
-        const u32 n = min(first_n, last_n), group = first_group;
+    const int group = warp * kGroups;
+    if (kEarly && group < groups) {
+        const u32 n = min(first_n, last_n);
         if (lane < kRows)
-            fetch(p.weight + ((n + lane) * row_bytes + group * (kGroup / 2)));
+            prefetch_line(p.weight + ((n + lane) * row_bytes + group * (kGroup / 2)));
         else if (lane < kRows + 2 * kGroups)
-            fetch((lane % 8 < 4 ? p.scale : p.zero) +
-                  (min(group + lane % 4, groups - 1) * p.n + n));
+            prefetch_line((lane % 8 < 4 ? p.scale : p.zero) +
+                          (min(group + lane % 4, groups - 1) * p.n + n));
     }
     wait_for_kernel_before();
     let_next_kernel_start();

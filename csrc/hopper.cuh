@@ -35,9 +35,13 @@ SVDQ_DEVICE void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// A barrier for the 128 threads of one of a block's consumer warpgroups.
+// A barrier for some whole warps of a block, by its number, which is not 0.
+SVDQ_DEVICE void warps_sync(u32 barrier, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// The same for the 128 threads of one of a block's consumer warpgroups.
 SVDQ_DEVICE void warpgroup_sync(u32 index) {
-    asm volatile("bar.sync %0, 128;" ::"r"(index + 1) : "memory");
+    warps_sync(index + 1, 128);
 }
 
 // ---- bulk copies --------------------------------------------------------------------------------

@@ -338,10 +338,7 @@ struct Output {
                 largest = fmaxf(largest, shuffle_xor(largest, 4));
                 largest = fmaxf(largest, shuffle_xor(largest, 8));
                 largest = fmaxf(largest, shuffle_xor(largest, 16));
-                // 2^(10 - exponent of the largest); small ones stay small, or they would make
-                // the other sums overflow when these are relative to them.
-                const int exponent = 137 - (int)(as_bits(largest) >> 23);
-                scale = as_float((u32)(max(min(exponent, 30), -100) + 127) << 23);
+                scale = down_power(largest);
                 if (g == 0 && row < (u32)p.m)
                     p.down_scale[(u64)(rank0 / 64) * p.padded_m + row] = 1.f / scale;
             }
@@ -351,14 +348,11 @@ struct Output {
                 const u32 rank = rank0 + t * 8 + g;
                 const float value = sum[t / 2][t % 2 * 2 + e];
                 if (kForm != kNibbles) {
-                    // Far from overflow: products of these are added without a check.
-                    constexpr float kMost = T::kIsBf16 ? 0x1p96f : T::kLargest;
                     const u64 width = (p.rank + 63) / 64 * 64;
                     const u64 at = kForm == kBytes ? row * width + rank
                                                    : ((u64)(rank / 64) * p.padded_m + row) * 64 +
                                                          ((rank % 64 / 8) ^ (row % 8)) * 8 + g;
-                    ((u16*)p.down)[at] =
-                        (u16)T::pack(fminf(fmaxf(value * scale, -kMost), kMost), 0.f);
+                    ((u16*)p.down)[at] = (u16)pack_down<T>(value * scale, 0.f);
                 } else if (rank < (u32)p.rank) {
                     ((float*)p.down)[(u64)row * p.rank + rank] =
                         fminf(fmaxf(value, -kFloatMax), kFloatMax);
@@ -368,12 +362,11 @@ struct Output {
     }
 };
 
-// Brings weights to the second-level cache, a line for each of all blocks' threads. Nothing is read
-// by this, so it may be done before the kernel in front of this one has ended, whatever it writes.
+// Brings weights to the second-level cache, a line for each of all blocks' threads.
 SVDQ_DEVICE void prefetch(const void* from, u32 bytes) {
     for (u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * 128; at < bytes;
          at += gridDim.x * blockDim.x * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)from + at));
+        prefetch_line((const u8*)from + at);
 }
 
 // The group after `group` of a warp's. An image's chunks are a warp's as a whole.

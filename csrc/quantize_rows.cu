@@ -359,7 +359,7 @@ struct Computing {
             store_shared8(shared.inverse() + 8 * i, as_bits(1.f / T::low(pair)),
                           as_bits(1.f / T::high(pair)));
         }
-        asm volatile("bar.sync 2, %0;" ::"r"(p.warps * 32) : "memory");
+        warps_sync(2, p.warps * 32);
     }
 
     SVDQ_DEVICE void run() const {
@@ -462,10 +462,6 @@ struct Branch {
         return warp % kShares;
     }
 
-    static SVDQ_DEVICE void sync() {
-        asm volatile("bar.sync 1, %0;" ::"n"(kBranchWarps * 32) : "memory");
-    }
-
     // Element 2 h + e of sum[n]: row g + 8 h, rank() + 8 n + 2 q + e. Of two chains of products,
     // which would wait for each other in one.
     SVDQ_DEVICE void multiply(float (&sum)[2][4], const Rows& rows) const {
@@ -563,7 +559,7 @@ struct Branch {
                 if (warp == 0) add_up(before);
                 before.advance();
             }
-            sync();
+            warps_sync(1, kBranchWarps * 32);  // what is sent may replace what was added up
             send(sum, rows);
         }
         if (warp == 0 && before.there()) add_up(before);
