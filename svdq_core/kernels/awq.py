@@ -9,7 +9,7 @@ import torch
 
 from ..numerics import awq, int4
 from . import plan
-from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on
+from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on, starts_early
 
 _GEMV = struct.Struct("6P6i")
 _NAME = "linear_awq_w4a16"
@@ -72,7 +72,7 @@ def linear(
 def _kernel(index: int, m: int, n: int, k: int, bf16: bool) -> tuple[Kernel, plan.GemvLaunch]:
     shape = plan.gemv_awq_launch(*card(index), m, n, k, bf16)
     kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
-    return kernel._replace(threads=shape.warps * 32, early=card(index)[0] >= 90), shape
+    return kernel._replace(threads=shape.warps * 32, early=starts_early(index)), shape
 
 
 def _dequantize_and_multiply(x, weight, weight_scale, weight_zero, bias) -> torch.Tensor:

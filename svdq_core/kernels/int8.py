@@ -18,6 +18,7 @@ from .launch import (
     kernel_of,
     on,
     pad_rank,
+    starts_early,
 )
 from .nvfp4 import absmax
 
@@ -74,7 +75,6 @@ def quantize(
         the rank; and its scale (M,) float32, None for bfloat16: powers of two that keep it in float16's range.
     """
     (m, k), index = x.shape, x.device.index
-    proj_down = pad_rank(proj_down)
     if m and rows.takes(x, proj_down.shape[1]):
         return rows.quantize_with_branch(x, smooth_factor, proj_down)
     largest, down, down_scale = absmax(x, smooth_factor, proj_down)
@@ -102,7 +102,7 @@ def quantize(
 def _quantize_kernel(index: int, m: int, bf16: bool) -> Kernel:
     build = plan.Int8QuantizeBuild(bf16)
     kernel = kernel_of(index, build, build.grid(m), build.shared_bytes())
-    return kernel._replace(early=card(index)[0] >= 90)
+    return kernel._replace(early=starts_early(index))
 
 
 def multiply(

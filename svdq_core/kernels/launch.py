@@ -54,6 +54,11 @@ class Kernel(NamedTuple):
         self.start(self.function, self.grid, self.threads, self.shared, stream, arguments, self.early)
 
 
+def starts_early(index: int) -> bool:
+    """Whether a device starts kernels before the one in front has ended (``Kernel.early``)."""
+    return card(index)[0] >= plan.HOPPER
+
+
 def kernel_of(index: int, build: plan.Build, grid: tuple[int, int, int], shared: int) -> Kernel:
     """Load a build on the current device, compiling it if need be."""
     function = library.function(index, card(index)[0], build)
@@ -72,7 +77,7 @@ def _quantize_kernel(
 ) -> tuple[Kernel, plan.QuantizeLaunch]:
     launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, output)
     kernel = kernel_of(index, launch.build, launch.grid, launch.build.shared_bytes(launch.warps))
-    return kernel._replace(threads=launch.warps * 32, early=card(index)[0] >= plan.HOPPER), launch
+    return kernel._replace(threads=launch.warps * 32, early=starts_early(index)), launch
 
 
 _NOTHING = nullcontext()

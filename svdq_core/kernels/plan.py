@@ -621,18 +621,19 @@ def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool,
         at_once: how many clusters of each size of ``ROWS_CLUSTERS`` the card runs at once; a part of one may run none.
     """
     rank_tiles = next((tiles for tiles in ROWS_RANK_TILES if rank <= tiles * 8), None)
-    if rank_tiles is None or (rotate and rank):
-        return None
     tiles, best = _ceil(m, RowsBuild.rows), None
-    for cluster, most in zip(ROWS_CLUSTERS, at_once, strict=True):
-        build, groups = RowsBuild(bf16, cluster, rotate, rank_tiles), _ceil(k // GROUP, cluster)
+    for build in rows_builds():
+        most = at_once[ROWS_CLUSTERS.index(build.cluster)]
+        if not most or (build.bf16, build.rotate, build.rank_tiles) != (bf16, rotate, rank_tiles):
+            continue
+        groups = _ceil(k // GROUP, build.cluster)
         box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
         boxes = _ceil(groups, box)
         groups = boxes * box
         warps = _ceil(groups, _ceil(groups, build.most_warps))
         fixed = build.fixed_bytes(groups, warps)
         ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
-        if not most or ring_boxes < boxes or (cluster == 1 and rank_tiles):
+        if ring_boxes < boxes:
             continue
         clusters = min(most, tiles)
         turns = _ceil(tiles, clusters)
@@ -642,7 +643,7 @@ def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool,
             threads = 32 * (warps + build.other_warps)
             ring_boxes = min(ring_boxes, boxes * turns)
             shared = fixed + ring_boxes * build.box_bytes(box)
-            best = time, RowsLaunch(build, clusters * cluster, threads, warps, box, boxes, ring_boxes, shared)
+            best = time, RowsLaunch(build, clusters * build.cluster, threads, warps, box, boxes, ring_boxes, shared)
     return best[1] if best else None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from . import library, plan, ungrouped
 from .driver import clusters_at_once, grouped_tensor_map, tensor_map
-from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on
+from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on, pad_rank
 
 _ARGUMENTS = struct.Struct("128s128s5P6i")  # aligned to 64 bytes
 _RANKS = 64  # columns of ``down``
@@ -66,8 +66,8 @@ def takes(x: torch.Tensor, rank: int) -> bool:
 def quantize_with_branch(
     x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``kernels.int8.quantize`` in one kernel, of what :func:`takes` is true of; a multiple of 8 ranks."""
-    return _quantize(x, smooth_factor, proj_down, False)
+    """``kernels.int8.quantize`` in one kernel, of what :func:`takes` is true of."""
+    return _quantize(x, smooth_factor, pad_rank(proj_down), False)
 
 
 def _quantize(

@@ -69,17 +69,15 @@ class Reservoir:
 
     def _admit_few(self, priority: list[float]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
         """The same for a full sample; None where it is a tie, which the sort above breaks."""
-        heap, entering, left, lowest = self._heap(), [], [], -1.0
+        heap, entering, left = self._heap(), [], []
+        value = lowest = -1.0
         for value, row in sorted(zip(priority, range(len(priority)), strict=True), reverse=True):
-            if value < heap[0][0]:
+            if value <= heap[0][0]:
                 break
-            if value == heap[0][0]:
-                self._lowest = None
-                return None
             entering.append(row)
             lowest, place = heapq.heappop(heap)
             left.append(place)
-        if heap and heap[0][0] == lowest:
+        if heap[0][0] in (value, lowest):
             self._lowest = None
             return None
         entering.sort()
