@@ -1,5 +1,5 @@
 // Minimum, maximum and sum of squares of every channel (column) of x (M, K), taken into those of
-// earlier inputs: what calibration watches, with one pass over x.
+// earlier inputs, and copies of a few of its rows: what calibration watches, with one pass over x.
 //
 //                  256 columns
 //                +---------------+--- . .     A block has a slice of the rows and 256 columns: a
@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kColumns = 256;
 constexpr int kAhead = 8;  // rows whose loads are on their way at once
+constexpr int kMostChosen = 128;
 constexpr int kMinimum = 0, kMaximum = 1, kSquares = 2, kKinds = 3;
 
 struct Arguments {
@@ -26,7 +27,9 @@ struct Arguments {
     double* square_sum;  // (K,)
     float* partial;      // (kKinds, slices, K)
     u32* counters;       // zero, one for each 256 columns
-    int m, k, slice_rows;
+    u16* copies;         // (count, K)
+    int m, k, slice_rows, count;
+    int chosen[kMostChosen];  // rows to copy; here, to need no copy of their own
 };
 
 // One channel's three numbers.
@@ -64,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
     const int first = blockIdx.y * p.slice_rows, last = min(first + p.slice_rows, p.m);
     const int eight = blockIdx.x * kColumns + lane * 8,
               column = blockIdx.x * kColumns + threadIdx.x;
+    wait_for_kernel_before();
 
     Found mine[8];
     const auto take = [&](const uint4& v) {
@@ -76,18 +80,20 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
     };
     if (eight < p.k) {
         const u16* x = p.x + eight;
-        int row = first + warp;
-        for (; row + (kAhead - 1) * kWarps < last; row += kAhead * kWarps) {
+        for (int row = first + warp; row < last; row += kAhead * kWarps) {
             uint4 v[kAhead];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                v[i] = load16(x + (u64)(row + i * kWarps) * p.k);
+                if (row + i * kWarps < last) v[i] = load16(x + (u64)(row + i * kWarps) * p.k);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                take(v[i]);
+                if (row + i * kWarps < last) take(v[i]);
         }
-        for (; row < last; row += kWarps)
-            take(load16(x + (u64)row * p.k));
+        for (int i = warp; i < p.count; i += kWarps) {
+            const int from = p.chosen[i];
+            if (first <= from && from < last)
+                *(uint4*)(p.copies + (u64)i * p.k + eight) = load16(x + (u64)from * p.k);
+        }
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -125,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
     __threadfence();
     float minimum = p.minimum[column], maximum = p.maximum[column];
     double squares = p.square_sum[column];
-#pragma unroll 8  // many loads on their way at once
+#pragma unroll 16  // many loads on their way at once
     for (u32 slice = 0; slice < gridDim.y; ++slice) {
         const float* from = p.partial + (u64)slice * p.k + column;
         minimum = fminf(minimum, __ldcg(from + kMinimum * kind));

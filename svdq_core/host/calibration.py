@@ -52,10 +52,11 @@ def calibrate(
     Raises:
         LayerError: a layer got NaN or infinite inputs.
     """
-    calibration = Calibration(seed)
+    total = steps * len(positive)
+    # Every sampler calls the model once a step or more often, but one that has its own idea of steps.
+    calibration = Calibration(seed, calls=0 if sampler_name == "dpm_adaptive" else total)
     layers = list(layers)
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
-    total = steps * len(positive)
     with observed(patcher.model.diffusion_model, layers, calibration):
         for index, prompt in enumerate(positive):
 

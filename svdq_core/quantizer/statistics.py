@@ -17,7 +17,7 @@ from ..kernels import status
 from .reservoir import Reservoir
 
 _KEY = "svdquant_calibration"
-_TOGETHER = 2**26  # bytes of rows that come from a device in one copy
+_TOGETHER = 2**24  # bytes of rows that come from a device in one copy
 
 
 class LayerStatistics:
@@ -32,16 +32,25 @@ class LayerStatistics:
         sample: (R, K) bf16, R at most ``capacity``.
         priority: (R,) float32.
         count: rows seen.
+
+    Args:
+        capacity: the most rows to keep.
+        seed: decides which.
+        expected: how many there will be, see :class:`Reservoir`; 0 if nobody knows.
+        device: where inputs will be.
     """
 
     @torch.inference_mode(False)  # hosts sample in that mode; what changes in place later must not be of it
-    def __init__(self, in_features: int, capacity: int, seed: int):
-        self.minimum = torch.full((in_features,), torch.inf)
-        self.maximum = torch.full((in_features,), -torch.inf)
-        self.square_sum = torch.zeros(in_features, dtype=torch.float64)
-        self._rows = torch.empty((capacity, in_features), dtype=torch.bfloat16)  # takes no memory until it is used
+    def __init__(
+        self, in_features: int, capacity: int, seed: int, expected: int = 0, device: torch.device | str = "cpu"
+    ):
+        self.minimum = torch.full((in_features,), torch.inf, device=device)
+        self.maximum = torch.full((in_features,), -torch.inf, device=device)
+        self.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        # bf16, in memory of numpy's: it asks for large pages, of which new ones are had in a fifth of the time.
+        self._rows = numpy.empty((capacity, in_features), dtype=numpy.int16)
         self.count = 0
-        self._reservoir = Reservoir(capacity, seed)
+        self._reservoir = Reservoir(capacity, seed, expected)
 
     @property
     def priority(self) -> torch.Tensor:
@@ -53,11 +62,12 @@ class LayerStatistics:
 
     @property
     def sample(self) -> torch.Tensor:
-        return self._rows[: len(self._reservoir.priority)]
+        return torch.from_numpy(self._rows[: len(self._reservoir.priority)]).view(torch.bfloat16)
 
     @sample.setter
     def sample(self, rows: torch.Tensor) -> None:
-        self._rows = torch.cat((rows, rows.new_empty((max(self._reservoir.capacity - len(rows), 0), rows.shape[1]))))
+        self._rows = numpy.empty((max(self._reservoir.capacity, len(rows)), rows.shape[1]), dtype=numpy.int16)
+        self._rows[: len(rows)] = rows.view(torch.int16).numpy()
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -73,19 +83,21 @@ class LayerStatistics:
             Rows that are still on a device and must be ``put`` where the second says, in the order of calls.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
-        self._take_in(rows)
         new, places = self._reservoir.choose(rows.shape[0])
         self.count += rows.shape[0]
-        if not len(new):
-            return None
-        chosen = rows.index_select(0, torch.from_numpy(new).to(rows.device, non_blocking=True)).to(torch.bfloat16)
+        chosen = self._take_in(rows, new)
+        if chosen.dtype != torch.bfloat16:
+            chosen = chosen.to(torch.bfloat16)
         if rows.is_cuda:
-            return chosen, places
+            return (chosen, places) if len(new) else None
         self.put(chosen, places)
         return None
 
-    def _take_in(self, rows: torch.Tensor) -> None:
-        """Update ranges and squares. NaN propagates, so bad inputs are found at the end without a sync here."""
+    def _take_in(self, rows: torch.Tensor, new: numpy.ndarray) -> torch.Tensor:
+        """Update ranges and squares, and return the rows of these numbers.
+
+        NaN propagates, so bad inputs are found at the end without a sync here.
+        """
         if self.minimum.device != rows.device:
             for name in ("minimum", "maximum", "square_sum"):
                 setattr(self, name, getattr(self, name).to(rows.device))
@@ -93,8 +105,7 @@ class LayerStatistics:
             from ..kernels import statistics as kernel
 
             if kernel.takes(rows):
-                kernel.take_in(rows, self.minimum, self.maximum, self.square_sum)
-                return
+                return kernel.take_in(rows, self.minimum, self.maximum, self.square_sum, new)
         # On the CPU aminmax and vector_norm along rows take ten times as long as what they would replace.
         self.minimum = torch.minimum(self.minimum, rows.amin(dim=0).float())
         self.maximum = torch.maximum(self.maximum, rows.amax(dim=0).float())
@@ -103,19 +114,20 @@ class LayerStatistics:
         else:
             squares = rows.float().square().sum(dim=0).double()
         self.square_sum = self.square_sum + squares
+        return rows.index_select(0, torch.from_numpy(new).to(rows.device, non_blocking=True))
 
     def put(self, rows: torch.Tensor, places: numpy.ndarray) -> None:
         """Rows that were chosen, (R, K) bf16 on the CPU, into the sample."""
-        # Through numpy, which copies rows several times as fast as torch's indexing does on the CPU.
-        self._rows.view(torch.int16).numpy()[places] = rows.view(torch.int16).numpy()
+        # By numpy, which copies rows several times as fast as torch's indexing does on the CPU.
+        self._rows[places] = rows.view(torch.int16).numpy()
 
     @torch.inference_mode(False)
     def merge(self, other: "LayerStatistics") -> None:
         """Take in what another run saw of the same layer.
 
-        Both samples stand for all rows seen only as far as the smaller one goes, so its capacity is kept.
+        Both samples stand for all rows seen only as far as the smaller one goes, so no more are kept.
         """
-        capacity = self._reservoir.capacity = min(self._reservoir.capacity, other._reservoir.capacity)
+        capacity = self._reservoir.capacity = min(self._most_merged(), other._most_merged())
         self.minimum = torch.minimum(self.minimum.cpu(), other.minimum.cpu())
         self.maximum = torch.maximum(self.maximum.cpu(), other.maximum.cpu())
         self.square_sum = self.square_sum.cpu() + other.square_sum.cpu()
@@ -125,15 +137,13 @@ class LayerStatistics:
         self.put(other.sample[torch.from_numpy(entering)], places)
         self.count += other.count
 
-    def check(self, layer: str) -> None:
-        """Raise LayerError when an input was NaN or infinite, or nothing was seen."""
-        if not self.count:
-            raise LayerError(f"layer {layer} saw no input during calibration: the sampling run did not reach it")
-        if not bool(torch.isfinite(self.minimum + self.maximum).all()):
-            raise LayerError(
-                f"layer {layer} got NaN or infinite inputs during calibration. Check that the "
-                "16-bit model gives a clean image with the same sampler settings."
-            )
+    def _most_merged(self) -> int:
+        rows = len(self._reservoir.priority)
+        return rows if rows < self.count else self._reservoir.capacity  # all rows seen are in a short sample
+
+    def clean(self) -> torch.Tensor:
+        """() bool, on the inputs' device: whether all of them were finite."""
+        return torch.isfinite(self.minimum + self.maximum).all()
 
 
 class _Arrivals:
@@ -190,21 +200,28 @@ class Calibration:
     Args:
         seed: decides which rows are kept.
         rows: how many input rows to keep per layer.
+        calls: how many inputs each layer will see, all of about as many rows; 0 if nobody knows. Then rows that
+            would give way later are not copied before, which is most of what watching costs. Where fewer come, a
+            sample may end with fewer rows than it has room for.
     """
 
-    def __init__(self, seed: int = 0, rows: int = 512):
+    def __init__(self, seed: int = 0, rows: int = 512, calls: int = 0):
         self.seed = seed
         self.rows = rows
+        self.calls = calls
         self.layers: dict[str, LayerStatistics] = {}
         self._arrivals = _Arrivals()
 
     def observe(self, layer: str, x: torch.Tensor) -> None:
         """Take in an input of a layer."""
-        if layer not in self.layers:
-            self.layers[layer] = self._new_layer(layer, x.shape[-1])
-        chosen = self.layers[layer].observe(x)
+        statistics = self.layers.get(layer)
+        if statistics is None:
+            width = x.shape[-1]
+            expected = self.calls * (x.numel() // width)
+            statistics = self.layers[layer] = self._new_layer(layer, width, expected, x.device)
+        chosen = statistics.observe(x)
         if chosen is not None:
-            self._arrivals.add(self.layers[layer], *chosen)
+            self._arrivals.add(statistics, *chosen)
 
     def settle(self) -> None:
         """Wait for rows that are still on their way from a device: before a sample is looked at."""
@@ -213,13 +230,23 @@ class Calibration:
     def check(self, layers: Iterable[str]) -> None:
         """Raise LayerError unless every layer of ``layers`` has clean statistics, all of them here."""
         self.settle()
+        found = {}
         for name in layers:
             if name not in self.layers:
                 raise LayerError(
                     f"layer {name} has no calibration data: the calibration is of another model, "
                     "or the sampling run did not reach the layer"
                 )
-            self.layers[name].check(name)
+            if not self.layers[name].count:
+                raise LayerError(f"layer {name} saw no input during calibration: the sampling run did not reach it")
+            found[name] = self.layers[name].clean()
+        # All are asked before the first answer is waited for.
+        for name, clean in found.items():
+            if not bool(clean):
+                raise LayerError(
+                    f"layer {name} got NaN or infinite inputs during calibration. Check that the "
+                    "16-bit model gives a clean image with the same sampler settings."
+                )
 
     def merge(self, other: "Calibration") -> None:
         """Take in another calibration of the same model.
@@ -300,8 +327,8 @@ class Calibration:
         kept = ("minimum", "maximum", "square_sum", "sample", "priority")
         return {f"{name}.{key}": getattr(layer, key).cpu() for name, layer in self.layers.items() for key in kept}
 
-    def _new_layer(self, name: str, in_features: int) -> LayerStatistics:
-        return LayerStatistics(in_features, self.rows, layer_seed(self.seed, name))
+    def _new_layer(self, name: str, in_features: int, expected: int = 0, device="cpu") -> LayerStatistics:
+        return LayerStatistics(in_features, self.rows, layer_seed(self.seed, name), expected, device)
 
 
 @lru_cache(maxsize=64)

@@ -96,6 +96,18 @@ def test_a_merged_sample_is_of_all_rows_whatever_the_sizes():
     assert torch.allclose(large.layers["a"].second_moment, torch.full((64,), 0.5))
 
 
+def test_a_sample_that_ended_short_is_merged_as_far_as_it_stands():
+    """Rows were expected that did not come: the rows that it has are the best of all that it saw."""
+    short, full = Calibration(seed=1, rows=256, calls=10), Calibration(seed=2, rows=256)
+    short.observe("a", torch.zeros(10_000, 64))
+    full.observe("a", torch.ones(10_000, 64))
+    kept = len(short.layers["a"].sample)
+    assert 10 < kept < 100
+    short.merge(full)
+    assert len(short.layers["a"].sample) == kept and short.layers["a"].count == 20_000
+    assert 2 < short.layers["a"].sample[:, 0].sum() < kept - 2
+
+
 def test_calibrations_of_different_models_are_not_merged():
     one, other = Calibration(), Calibration()
     one.observe("a", torch.zeros(8, 64))
@@ -139,12 +151,13 @@ def test_the_digest_tells_calibrations_apart(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [256, 3080])
-def test_a_device_keeps_the_same_rows(dtype, width):
+@pytest.mark.parametrize("calls", [0, 3])
+def test_a_device_keeps_the_same_rows(dtype, width, calls):
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn((rows, width), generator=random).to(dtype) for rows in (3000, 1, 77, 4608)]
     found = {}
     for device in ("cpu", "cuda"):
-        calibration = Calibration(rows=64)
+        calibration = Calibration(rows=64, calls=calls)
         for batch in batches:
             for layer in range(12):
                 calibration.observe(str(layer), batch.to(device))
