@@ -88,6 +88,9 @@ class DriverLauncher:
         version = ctypes.c_int()
         self._check(self._driver.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
         self._knows_early = version.value >= _EARLY_IN_GRAPHS
+        if self._knows_early:
+            self._launch_early = self._driver.cuLaunchKernelEx
+            self._launch_early.argtypes = [ctypes.c_void_p] * 4
 
     def load(self, image: bytes, entry: str, shared_bytes: int) -> int:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -112,9 +115,8 @@ class DriverLauncher:
         # The driver copies the structure out of the bytes object before it returns.
         parameters = ctypes.byref(ctypes.c_char_p(arguments))
         if early and self._knows_early:
-            config = _LaunchConfig(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), 1)
-            start = self._driver.cuLaunchKernelEx
-            call = (ctypes.byref(config), ctypes.c_void_p(function), parameters, None)
+            start = self._launch_early
+            call = (_early_config(grid, threads, shared, stream), function, parameters, None)
         else:
             start, call = self._launch, (function, *grid, threads, 1, 1, shared, stream, parameters, None)
         result = start(*call)
@@ -132,6 +134,12 @@ class DriverLauncher:
             self._driver.cuGetErrorString(result, ctypes.byref(text))
             message = text.value.decode() if text.value else "unknown error"
             raise DriverError(f"CUDA driver: {message} ({result}) while {what}")
+
+
+@lru_cache(maxsize=4096)
+def _early_config(grid: tuple[int, int, int], threads: int, shared: int, stream: int):
+    """A launch's, to pass on; they are few, and making one takes as long as the launch."""
+    return ctypes.pointer(_LaunchConfig(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), 1))
 
 
 def _library() -> ctypes.CDLL:
