@@ -37,8 +37,8 @@ SVDQ_DEVICE u32 encode(u32 pair, float low_factor, float high_factor, float inve
 extern "C" __global__ void __launch_bounds__(kThreads)
     svdq_quantize_int8(const __grid_constant__ Arguments p) {
     __shared__ float inverse_scales[kRows];
-    let_next_kernel_start();
     wait_for_kernel_before();
+    let_next_kernel_start();
     const int first = blockIdx.x * kRows, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     {
         const int m = min(first + warp, p.m - 1);

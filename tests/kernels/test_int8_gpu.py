@@ -53,7 +53,7 @@ def quantized(o: dict) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scale, _, _ = kernels.quantize(o["x"], o["smooth_factor"], o["proj_down"])
     torch.testing.assert_close(scale.cpu(), want_scale.reshape(-1), rtol=1e-6, atol=0)
     difference = (codes.cpu().int() - want.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-4
+    assert difference.max() <= 1 and (difference > 0).sum() <= 2 + 1e-4 * codes.numel()
     return codes.double(), scale.double()
 
 

@@ -5,10 +5,12 @@ import small_flux
 import torch
 
 from svdq_core import layers
+from svdq_core.formats import comfy_quant
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.kernels import prefers_int8
 from svdq_core.layers import Adapter
 from svdq_core.quantizer.recipes import RECIPES, quantize_layer
+from svdq_core.quantizer.statistics import Calibration
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +67,39 @@ def test_a_compiled_layer_is_the_layer(exact):
     layer, x = layers.SVDQLinear(quantized.spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16().cuda()
     layer.cuda().exact = exact
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("format_name", list(comfy_quant.LAYOUTS))
+def test_a_layer_is_the_same_on_a_second_gpu(format_name, exact):
+    """Its operands decide where it runs, and not which device is current."""
+    name = "double_blocks.0.img_mod.lin" if format_name == comfy_quant.AWQ_W4A16 else "double_blocks.0.img_mlp.0"
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(torch.bfloat16)
+    rank = 32 if comfy_quant.LAYOUTS[format_name].low_rank else 0
+    spec = LayerSpec(name, format_name, n, k, rank, True, torch.bfloat16)
+    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
+    layer, x = layers.SVDQLinear(quantized.spec, quantized.tensors), small_flux.inputs(name, rows=7).bfloat16()
+    layer.exact = exact
+    found = [layer.to(device)(x.to(device)) for device in ("cuda:1", "cuda:0", "cuda:1")]
+    assert [y.device.index for y in found] == [1, 0, 1]
+    assert torch.isfinite(found[0]).all() and all(torch.equal(y.cpu(), found[0].cpu()) for y in found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_second_gpu_is_calibrated():
+    """Rows of both on their way at once."""
+    x = torch.randn((300, 320)).bfloat16()
+    found = Calibration(rows=64)
+    for _ in range(3):
+        for device in ("cuda:1", "cuda:0"):
+            found.observe(device, x.to(device))
+    found.check(found.layers)
+    expected = Calibration(rows=64)
+    for _ in range(3):
+        for device in ("cuda:1", "cuda:0"):
+            expected.observe(device, x)
+    for name, layer in expected.layers.items():
+        assert torch.equal(layer.sample, found.layers[name].sample)
+        assert torch.equal(layer.minimum, found.layers[name].minimum.cpu())
