@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,15 +13,19 @@ from tools.comfy_launch import prepare
 
 
 class InProcessHost:
-    """A few verbs on ComfyUI's modules, on the CPU. One per process, made before anything imports comfy."""
+    """A few verbs on ComfyUI's modules. One per process, made before anything imports comfy.
 
-    def __init__(self) -> None:
+    Args:
+        options: of ComfyUI's command line.
+    """
+
+    def __init__(self, options: Sequence[str] = ("--cpu",)) -> None:
         root = comfyui_path()
         if not (root / "comfy").is_dir():
             raise FileNotFoundError(f"no ComfyUI in {root}: run `make test`, which fetches one")
         prepare(root)
         # Read once at import, before any module looks for a GPU.
-        arguments, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+        arguments, sys.argv = sys.argv, [sys.argv[0], *options]
         try:
             import comfy.options
 

@@ -157,9 +157,15 @@ def test_quantizing_at_full_size():
 
 def test_calibrating():
     cost, text = RESULTS["calibration_cost_h200"], section("On the command line").replace("\n", " ")
-    watched, plain = (cost["prompts_s"][name][0] for name in ("watched", "plain"))
-    assert f"takes {100 * cost['slowdown_of_later_prompts']:.1f} % longer" in text
-    assert f"takes {watched:.1f} s instead of {plain:.1f}" in text
+    many, one, offloaded = (
+        cost[name] for name in ("4 prompts of 20 steps", "1 prompt of 8 steps", "more than the card holds")
+    )
+    assert f"four prompts of 20 steps take {100 * many['slowdown']:.1f} % longer" in text
+    for run in (one, offloaded):
+        assert f"{run['watched_s']:.2f} s instead of {sum(run['plain_s']) / 2:.2f}" in text
+    assert f"with {offloaded['free_gb']:.1f} GB of the card free" in text
+    assert f"{offloaded['resident_gb']:.1f} of the model's {offloaded['model_gb']:.1f} GB on it" in text
+    assert f"{offloaded['steps']} steps" in text and offloaded["same_statistics_as_on_the_whole_card"]
     image = RESULTS["demo_calibration"]["image_seconds"]
     assert f"{image['watched']:.2f} s instead of {image['plain']:.2f} on" in text
 
