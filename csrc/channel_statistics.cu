@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kColumns = 256;
 constexpr int kAhead = 8;  // rows whose loads are on their way at once
-constexpr int kMostChosen = 128;
+constexpr int kMostChosen = 512;
 constexpr int kMinimum = 0, kMaximum = 1, kSquares = 2, kKinds = 3;
 
 struct Arguments {

@@ -11,8 +11,8 @@ import torch
 from . import plan
 from .launch import SIXTEEN_BIT, Kernel, card, kernel_of, on, starts_early, zero_counters
 
-_ARGUMENTS = struct.Struct("7P4i512s")
-_MOST_CHOSEN = 128
+_ARGUMENTS = struct.Struct("7P4i2048s")
+_MOST_CHOSEN = 512
 
 
 def takes(rows: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_quantizing_at_full_size():
         for case, run in ((name.split(", "), run) for name, run in models[key].items())
     ]
     assert table("On the command line", "model") == measured
+
+
+def test_whole_images():
+    images = RESULTS["flux_images_h200"]
+    names = [name for name in images if isinstance(images[name], dict) and "model_gb" in images[name]]
+    measured = []
+    for name, found in ((name, images[name]) for name in names):
+        assert found["resident_gb"] == found["model_gb"], "offloaded"
+        seconds = f"{statistics.median(found['image_s']):.2f}" if "image_s" in found else ""
+        measured.append([name, seconds, f"{found['model_gb']:.2f}", f"{found['peak_gb']:.2f}"])
+    assert table("FLUX.1-dev in ComfyUI", "model") == measured
+    assert f"holds {measured[-1][3]} GB while" in README.replace("\n", " ")
 
 
 def test_calibrating():

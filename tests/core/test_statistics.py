@@ -151,13 +151,13 @@ def test_the_digest_tells_calibrations_apart(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [256, 3080])
-@pytest.mark.parametrize("calls", [0, 3])
-def test_a_device_keeps_the_same_rows(dtype, width, calls):
+@pytest.mark.parametrize(("kept", "calls"), [(64, 0), (64, 3), (600, 0)])
+def test_a_device_keeps_the_same_rows(dtype, width, kept, calls):
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn((rows, width), generator=random).to(dtype) for rows in (3000, 1, 77, 4608)]
     found = {}
     for device in ("cpu", "cuda"):
-        calibration = Calibration(rows=64, calls=calls)
+        calibration = Calibration(rows=kept, calls=calls)
         for batch in batches:
             for layer in range(12):
                 calibration.observe(str(layer), batch.to(device))
