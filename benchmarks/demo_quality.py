@@ -47,22 +47,22 @@ SWEEP_PROMPTS = 16
 
 
 class Trial:
-    """The demo model, its 16-bit images and its calibration, against which methods are tried."""
+    """The demo model, its 16-bit images (of the first ``prompts``) and its calibration: what methods are tried on."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: int | None = None) -> None:
         self.host = DemoHost()
         from svdq_core.host.source import ModelSource  # imports ComfyUI, which the line above made importable
 
         model = self.host.load_demo()
-        self.prompts = (*PROMPTS, *MORE_PROMPTS)
+        self.prompts = (*PROMPTS, *MORE_PROMPTS)[:prompts]
         self.references = draw(self.host, model, "16-bit", self.prompts)
         self.source = ModelSource(model)
         planned = plan(self.source, Settings())
         self.calibration = self.host.calibrate(model, planned.layers, CALIBRATION_PROMPTS)
 
-    def measure(self, title: str, method: Method, prompts: int | None = None) -> dict[str, float]:
-        """Size, seconds and quality of a method, over the first ``prompts`` or all of them."""
-        settings = Settings(method.precision, rank=method.rank, max_error=math.inf)
+    def measure(self, title: str, method: Method, prompts: int | None = None, seed: int = 0) -> dict[str, float]:
+        """Size, seconds and quality of a method at a seed, over the first ``prompts`` or all of them."""
+        settings = Settings(method.precision, rank=method.rank, max_error=math.inf, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantized.safetensors"
             report = quantize_checkpoint(self.source, path, settings, self.calibration, recipe=method.recipe)

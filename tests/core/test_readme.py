@@ -156,6 +156,16 @@ def test_quantizing_at_full_size():
     assert table("On the command line", "model") == measured
 
 
+def test_seeds():
+    seeds = RESULTS["demo_seeds"]
+    measured = [
+        [name, *(f"{value:.2f}" for value in row["psnr_db"]), f"{row['mean']:.2f} ± {row['standard_deviation']:.2f}"]
+        for name, row in seeds["methods"].items()
+    ]
+    assert table("Quality", "recipe, rank 32") == measured
+    assert f"{seeds['prompts']} of the prompts" in section("Quality")
+
+
 def test_whole_images():
     images = RESULTS["flux_images_h200"]
     names = [name for name in images if isinstance(images[name], dict) and "model_gb" in images[name]]
