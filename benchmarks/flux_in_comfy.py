@@ -14,6 +14,7 @@ from tools.comfy_in_process import InProcessHost
 LATENT, TEXT = (1, 16, 128, 128), (1, 512, 4096)  # 1024 x 1024
 SEED = 0
 
+_LEFT = 16 * 2**30  # bytes
 _TAKE = """
 import sys, torch
 memory = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device="cuda")
@@ -56,16 +57,16 @@ def seconds(work: Callable[..., object], *arguments) -> float:
 
 
 @contextmanager
-def smaller_card(left: int) -> Iterator[None]:
-    """Meanwhile another process has the card's memory but for ``left`` bytes."""
+def smaller_card() -> Iterator[float]:
+    """Meanwhile another process has the card's memory but for 16 GiB; yields what is free, GB."""
     torch.cuda.empty_cache()
-    take = torch.cuda.mem_get_info()[0] - left
+    take = torch.cuda.mem_get_info()[0] - _LEFT
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", _TAKE, str(take)], stdin=pipe, stdout=pipe) as process:
         process.stdout.readline()
         torch.cuda.reset_peak_memory_stats()
         try:
-            yield
+            yield round(torch.cuda.mem_get_info()[0] / 1e9, 2)
         finally:
             process.stdin.close()
 

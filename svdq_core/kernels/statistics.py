@@ -46,12 +46,12 @@ def take_in(
     """
     (m, k), index = rows.shape, rows.device.index
     count = len(chosen)
-    if not m or count > _MOST_CHOSEN:
+    if not m:
+        return rows
+    if count > _MOST_CHOSEN:
         copies, count = rows.index_select(0, torch.from_numpy(chosen).to(rows.device, non_blocking=True)), 0
     else:
         copies = rows.new_empty((count, k))
-    if not m:
-        return copies
     with on(index):
         kernel, slice_rows = _kernel(index, m, k, rows.dtype == torch.bfloat16)
         stream = torch._C._cuda_getCurrentRawStream(index)

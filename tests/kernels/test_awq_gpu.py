@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,9 @@ from svdq_core.kernels import launch
 from svdq_core.numerics import int4
 from svdq_core.ops.awq import linear_awq_w4a16
 from svdq_core.ops.cuda import register
+
+sys.path.insert(0, str(Path(__file__).parent))
+from early import assert_waits_for
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16]
@@ -175,31 +181,11 @@ def test_operand_written_by_the_kernel_before(written: str, in_graph: bool) -> N
     """An operand in place, by the kernel in front; the one before that is a layer that has just read it."""
     m, k, n = 2, 3072, 3072
     o = operands(m, k, n, torch.bfloat16)
-    kept = o[written]
     values = [operands(m, k, n, torch.bfloat16)[written] for _ in range(4)]
     expected = [linear_awq_w4a16(**o | {written: value}) for value in values]
     for value, y in zip(values, expected, strict=True):
         assert error(y, exact(o | {written: value})) < TOLERANCE[torch.bfloat16]
-    source = torch.empty_like(kept)
-
-    def write_and_multiply() -> torch.Tensor:
-        torch.add(source, 0, out=kept)  # a kernel; copy_ would be a copy, which nothing overtakes
-        return linear_awq_w4a16(**o)
-
-    source.copy_(values[0])
-    captured, graph = write_and_multiply(), torch.cuda.CUDAGraph()
-    if in_graph:
-        with torch.cuda.graph(graph):
-            captured = write_and_multiply()
-    seen = []
-    for index in range(ROUNDS):
-        source.copy_(values[index % 4])
-        linear_awq_w4a16(**o)
-        if in_graph:
-            graph.replay()
-        seen.append(captured.clone() if in_graph else write_and_multiply())
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected[index % 4]) for index, y in enumerate(seen))
+    assert_waits_for(linear_awq_w4a16, o, written, values, expected, ROUNDS, in_graph)
 
 
 def test_output_is_where_the_kernel_before_reads() -> None:

@@ -15,6 +15,7 @@ from svdq_core.ops.nvfp4 import linear_nvfp4
 sys.path.insert(0, str(Path(__file__).parent))
 import test_int8_gpu
 import test_nvfp4_gpu
+from early import assert_waits_for
 
 pytestmark = pytest.mark.gpu
 ROUNDS = 100
@@ -43,26 +44,7 @@ def test_operand_written_by_the_kernel_before(kind: str, written: str, in_graph:
     for value in values:
         expected.append(linear(**o | {written: value}))
         torch.cuda.synchronize()
-    kept, source = o[written].view(torch.uint8), torch.empty_like(o[written].view(torch.uint8))
-
-    def write_and_multiply() -> torch.Tensor:
-        torch.bitwise_or(source, 0, out=kept)  # a kernel; copy_ would be a copy, which nothing overtakes
-        return linear(**o)
-
-    source.copy_(values[0].view(torch.uint8))
-    captured, graph = write_and_multiply(), torch.cuda.CUDAGraph()
-    if in_graph:
-        with torch.cuda.graph(graph):
-            captured = write_and_multiply()
-    seen = []
-    for index in range(ROUNDS):
-        source.copy_(values[index % 4].view(torch.uint8))
-        linear(**o)
-        if in_graph:
-            graph.replay()
-        seen.append(captured.clone() if in_graph else write_and_multiply())
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected[index % 4]) for index, y in enumerate(seen))
+    assert_waits_for(linear, o, written, values, expected, ROUNDS, in_graph)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
