@@ -13,6 +13,7 @@ from ..formats.comfy_quant import QuantizedCheckpoint
 from ..kernels import prefers_int8
 from ..kernels.ahead import compile_for_adapters
 from ..layers import FOUR_BITS
+from .flux import fuse_blocks
 from .operations import DeferredOperations, QuantizedLinear
 from .patcher import SVDQuantModelPatcher
 
@@ -52,6 +53,7 @@ def load_quantized(path: str | PathLike, exact: bool = False) -> SVDQuantModelPa
     # Newer hosts rename some tensors as they load them.
     provided = set(model.model_config.process_unet_state_dict(state_dict))
     _check_complete(checkpoint, model.diffusion_model, provided)
+    fuse_blocks(model.diffusion_model)
     quantized = SVDQuantModelPatcher(model, patcher.load_device, patcher.offload_device)
     quantized.set_attachments(REPORT, checkpoint.report)
     compile_for_adapters(patcher.load_device, compute, _with_branch(checkpoint, patcher.load_device, exact))

@@ -713,6 +713,73 @@ class StatisticsBuild:
         return {"SVDQ_BF16": int(self.bf16)}
 
 
+@dataclass(frozen=True)
+class ModulateBuild:
+    """One build of ``csrc/modulate.cu``: what it adds to a row (``gated``) and whether it norms what comes of it."""
+
+    bf16: bool
+    gated: bool
+    normed: bool
+
+    source = "modulate.cu"
+    entry = "svdq_modulate"
+    threads, rows, most_columns = 256, 8, 4096  # rows of a block
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_GATED": int(self.gated), "SVDQ_NORMED": int(self.normed)}
+
+
+@dataclass(frozen=True)
+class NormRopeBuild:
+    """One build of ``csrc/norm_rope.cu``, for heads of so many columns."""
+
+    bf16: bool
+    head: int
+
+    source = "norm_rope.cu"
+    entry = "svdq_norm_rope"
+    threads, tokens = 128, 4  # tokens of a block
+    heads = (64, 128)
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_HEAD": self.head}
+
+
+@dataclass(frozen=True)
+class GeluConcatBuild:
+    """One build of ``csrc/gelu_concat.cu``."""
+
+    bf16: bool
+
+    source = "gelu_concat.cu"
+    entry = "svdq_gelu_concat"
+    threads, columns = 256, 8192  # of a row, a block's
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": int(self.bf16)}
+
+
+def block_builds(bf16: bool) -> list[ModulateBuild | NormRopeBuild | GeluConcatBuild]:
+    """What runs between the linear layers of a FLUX block."""
+    modulate = [ModulateBuild(bf16, *kind) for kind in ((False, True), (True, True), (True, False))]
+    return [*modulate, *(NormRopeBuild(bf16, head) for head in NormRopeBuild.heads), GeluConcatBuild(bf16)]
+
+
 Build = (
     GemmBuild
     | QuantizeBuild
@@ -726,6 +793,9 @@ Build = (
     | Nvfp4QuantizeBuild
     | Nvfp4GemmBuild
     | RowsBuild
+    | ModulateBuild
+    | NormRopeBuild
+    | GeluConcatBuild
 )
 
 
@@ -938,6 +1008,7 @@ def all_builds(capability: int) -> list[Build]:
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
     builds += [build for bf16 in (True, False) for build in (gemv_awq_build(capability, bf16), StatisticsBuild(bf16))]
+    builds += [build for bf16 in (True, False) for build in block_builds(bf16)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
         builds += [build for kind in product((True, False), repeat=2) for build in ungrouped_builds(*kind)]

@@ -5,8 +5,8 @@ and a fake kernel, so ``torch.compile`` and CUDA graphs see through it. Device k
 themselves on top (``svdq_core.ops.cuda``).
 """
 
-from . import awq, cuda, fused, int4, int8, nf4, nvfp4
+from . import awq, block, cuda, fused, int4, int8, nf4, nvfp4
 
 cuda.register()
 
-__all__ = ["awq", "cuda", "fused", "int4", "int8", "nf4", "nvfp4"]
+__all__ = ["awq", "block", "cuda", "fused", "int4", "int8", "nf4", "nvfp4"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import plan, prefers_int8, status
-from . import as_int8, awq, fused, int4, int8, nvfp4
+from . import as_int8, awq, block, fused, int4, int8, nvfp4
 
 
 class _Operator(NamedTuple):
@@ -32,6 +32,35 @@ class _Operator(NamedTuple):
         if not _runs(operands[0].device.index, operands[self.decides].dtype):
             return self.reference(*operands)
         return self.kernel(_launch(), *operands)
+
+
+class _BlockOperator(NamedTuple):
+    """An operator of :mod:`.block`. Its kernel says None to operands that it does not take; the first one decides."""
+
+    reference: Callable
+    kernel: Callable
+
+    def __call__(self, *operands):
+        first = operands[0] if isinstance(operands[0], torch.Tensor) else operands[0][0]
+        found = self.kernel(_block(), *operands) if _runs(first.device.index, first.dtype) else None
+        return self.reference(*operands) if found is None else found
+
+
+@lru_cache(maxsize=1)
+def _block() -> ModuleType:
+    from ..kernels import block as kernels
+
+    return kernels
+
+
+def _norm_modulate(kernels, x, *norm):
+    found = kernels.modulate(x, None, norm)
+    return None if found is None else found[1]
+
+
+def _gated_sum(kernels, x, *gated):
+    found = kernels.modulate(x, gated, None)
+    return None if found is None else found[0]
 
 
 @lru_cache(maxsize=1)
@@ -147,6 +176,19 @@ _OPERATORS = {
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
     "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
     "feed_forward_nvfp4": _Operator(nvfp4._feed_forward_nvfp4_reference, _feed_forward_nvfp4, 0),
+}
+
+_OPERATORS |= {
+    "norm_modulate": _BlockOperator(block._norm_modulate_reference, _norm_modulate),
+    "gated_sum": _BlockOperator(block._gated_sum_reference, _gated_sum),
+    "gated_norm_modulate": _BlockOperator(
+        block._gated_norm_modulate_reference,
+        lambda kernels, x, y, gate, *norm: kernels.modulate(x, (y, gate), norm),
+    ),
+    "norm_rope": _BlockOperator(block._norm_rope_reference, lambda kernels, *operands: kernels.norm_rope(*operands)),
+    "gelu_concat": _BlockOperator(
+        block._gelu_concat_reference, lambda kernels, *operands: kernels.gelu_concat(*operands)
+    ),
 }
 
 _library: torch.library.Library | None = None

@@ -11,6 +11,11 @@ from tools.comfy_in_process import InProcessHost
 LATENT = (1, 16, 16, 16)
 
 
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The error's norm over the norm of what is expected."""
+    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
+
+
 @dataclass(frozen=True)
 class FluxFiles:
     """The model in 16 bits and quantized."""

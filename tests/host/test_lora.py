@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from in_process import relative
 from safetensors.torch import save_file
-from test_model import make_lora, relative
+from test_model import make_lora
 
 from svdq_core.errors import CheckpointError
 

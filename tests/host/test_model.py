@@ -6,6 +6,7 @@ These run ComfyUI's own code in this process, on a small FLUX with random weight
 import pytest
 import small_flux
 import torch
+from in_process import relative
 from safetensors.torch import load_file, save_file
 
 from svdq_core.errors import CheckpointError
@@ -13,10 +14,6 @@ from svdq_core.errors import CheckpointError
 CPU = torch.device("cpu")
 QKV = "double_blocks.0.img_attn.qkv"
 LINEAR1 = "single_blocks.0.linear1"
-
-
-def relative(found, expected):
-    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
 
 
 def make_lora(path, shapes, style="kohya", rank=4, scale=0.2, seed=3, value=None):

@@ -3,6 +3,7 @@
 import pytest
 import small_flux
 import torch
+from in_process import relative
 from safetensors.torch import save_file
 from test_nodes import latent_of, models, quantize, sampled, server  # noqa: F401 (fixtures)
 
@@ -10,10 +11,6 @@ from svdq_core.quantizer.pipeline import MODULATIONS, PRECISIONS, FileSource, Se
 from tools.comfy_host import Graph
 
 CPU = torch.device("cpu")
-
-
-def relative(found, expected):
-    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)

@@ -79,7 +79,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
     builds += [replace(quantizer(capability), prologue=plan.ROTATE), plan.gemv_awq_build(capability, bf16)]
-    builds.append(plan.StatisticsBuild(bf16))
+    builds += [plan.StatisticsBuild(bf16), *plan.block_builds(bf16)]
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     found = spills(builds, capability, folder)
     # sm_75 has no asynchronous copies: the copies' data passes through registers there.
@@ -210,6 +210,13 @@ def test_global_accesses_are_wide(capability: int, folder: Path) -> None:
     stores = [i for i in code if i.opcode.startswith("STG")]
     assert stores
     assert all("128" in i.opcode for i in stores)
+
+
+@pytest.mark.parametrize("build", plan.block_builds(True), ids=plan.build_name)
+def test_block_s_kernels_read_and_write_16_bytes(build: plan.Build, folder: Path) -> None:
+    code = disassembled(build, 89, folder)
+    accesses = [i.opcode for i in code if i.opcode.startswith(("LDG", "STG"))]
+    assert accesses and all("128" in opcode for opcode in accesses)
 
 
 def test_compiler_error_has_the_log() -> None:

@@ -1,0 +1,146 @@
+"""FLUX.1's blocks with one pass over memory for what lies between their linear layers (``ops.block``).
+
+Where layers have 4 bits, the rest of a block takes longer than they do. These blocks compute what the host's do, by the
+same modules, so that adapters, offloading, patches and other packs' hooks see what they know. Asked for anything that a
+block of FLUX.1 at a plain step isn't (a patch inside of it, other modulations), they are the host's.
+"""
+
+from functools import lru_cache
+
+import comfy.ldm.flux.layers as layers
+import comfy.model_management
+import torch
+from comfy.ldm.flux.math import attention
+
+from ..ops import block as ops
+
+_INSIDE = ("attn1_patch", "attn1_output_patch")  # patches that newer hosts apply inside of a block
+
+
+def fuse_blocks(diffusion_model: torch.nn.Module) -> None:
+    """Make the blocks of a FLUX.1 model those below; others stay as they are."""
+    for name, fused in (("double_blocks", FusedDoubleStreamBlock), ("single_blocks", FusedSingleStreamBlock)):
+        for block in getattr(diffusion_model, name, ()):
+            if fused.computes(block):
+                block.__class__ = fused  # which has all that the host made
+
+
+def _is_gelu(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.GELU) and module.approximate == "tanh"
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.LayerNorm) and module.weight is None and module.bias is None
+
+
+def _is_plain(x: torch.Tensor, tokens: int, vec, pe, transformer_options: dict | None, others: dict) -> bool:
+    """Whether a block is asked for nothing else than what FLUX.1 is."""
+    patches = (transformer_options or {}).get("patches", {})
+    return (
+        isinstance(vec, torch.Tensor)
+        and vec.ndim == 2
+        and vec.shape[0] == x.shape[0]
+        and isinstance(pe, torch.Tensor)
+        and pe.dtype == torch.float32
+        and pe.ndim == 6
+        and pe.shape[0] in (1, x.shape[0])
+        and pe.shape[1:3] == (1, tokens)
+        and not any(patches.get(name) for name in _INSIDE)
+        and all(value is None for value in others.values())
+    )
+
+
+def _norm_weights(norm: layers.QKNorm, like: torch.Tensor) -> list[torch.Tensor]:
+    """Of q and k. The host's modules call it ``scale``, in newer hosts ``weight``; either may be in main memory."""
+    found = (part.scale if hasattr(part, "scale") else part.weight for part in (norm.query_norm, norm.key_norm))
+    return [comfy.model_management.cast_to(weight, like.dtype, like.device) for weight in found]
+
+
+def _epsilon(norm: layers.QKNorm, dtype: torch.dtype) -> float:
+    """Of the host's norm, whose module has none in older hosts; and which means torch's own by None in newer ones."""
+    epsilon = getattr(norm.query_norm, "eps", 1e-6)
+    return _torch_epsilon(dtype) if epsilon is None else epsilon
+
+
+@lru_cache(maxsize=8)
+def _torch_epsilon(dtype: torch.dtype) -> float:
+    """What ``rms_norm`` adds to a mean square if it is not told: seen in what it makes of a small number."""
+    small = 2.0**-12
+    normed = torch.nn.functional.rms_norm(torch.full((8,), small, dtype=dtype), (8,))[0].item()
+    return (small / normed) ** 2 - small**2
+
+
+def _attend(
+    qkv: list[torch.Tensor], norms: list[layers.QKNorm], heads: int, pe: torch.Tensor, mask, transformer_options
+) -> torch.Tensor:
+    """(B, L, C) of the outputs of the layers for q, k and v, whose tokens follow one another."""
+    norm_q, norm_k = zip(*(_norm_weights(norm, qkv[0]) for norm in norms), strict=True)
+    q, k, v = ops.norm_rope(qkv, list(norm_q), list(norm_k), pe, heads, _epsilon(norms[0], qkv[0].dtype))
+    return attention(q, k, v, pe=None, mask=mask, transformer_options=transformer_options or {})
+
+
+class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
+    """The host's ``DoubleStreamBlock``, with fewer passes."""
+
+    @staticmethod
+    def computes(block: torch.nn.Module) -> bool:
+        """Whether the host's block is FLUX.1's."""
+        return (
+            type(block) is layers.DoubleStreamBlock
+            and block.modulation
+            and not getattr(block, "flipped_img_txt", False)
+            and all(len(mlp) == 3 and _is_gelu(mlp[1]) for mlp in (block.img_mlp, block.txt_mlp))
+            and all(_is_norm(getattr(block, f"{stream}_norm{i}")) for stream in ("img", "txt") for i in (1, 2))
+        )
+
+    def forward(self, img, txt, vec, pe, attn_mask=None, transformer_options=None, **others):
+        """As the host's: (img, txt), each (B, L, C)."""
+        length = txt.shape[1]
+        if not _is_plain(img, length + img.shape[1], vec, pe, transformer_options, others):
+            options = transformer_options or {}
+            return super().forward(img, txt, vec, pe, attn_mask, transformer_options=options, **others)
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
+        qkv = [
+            part.qkv(ops.norm_modulate(x, mod.scale, mod.shift, norm.eps))
+            for part, x, mod, norm in (
+                (self.txt_attn, txt, txt_mod1, self.txt_norm1),
+                (self.img_attn, img, img_mod1, self.img_norm1),
+            )
+        ]
+        norms = [self.txt_attn.norm, self.img_attn.norm]
+        attn = _attend(qkv, norms, self.num_heads, pe, attn_mask, transformer_options)
+        del qkv
+        img = self._finish(img, attn[:, length:], self.img_attn, img_mod1, img_mod2, self.img_norm2, self.img_mlp)
+        txt = self._finish(txt, attn[:, :length], self.txt_attn, txt_mod1, txt_mod2, self.txt_norm2, self.txt_mlp)
+        return img, txt
+
+    @staticmethod
+    def _finish(x, attn, part, mod1, mod2, norm, mlp) -> torch.Tensor:
+        """One stream from its attention on."""
+        x, modulated = ops.gated_norm_modulate(x, part.proj(attn), mod1.gate, mod2.scale, mod2.shift, norm.eps)
+        return ops.gated_sum(x, mlp(modulated), mod2.gate)
+
+
+class FusedSingleStreamBlock(layers.SingleStreamBlock):
+    """The host's ``SingleStreamBlock``, with fewer passes."""
+
+    @staticmethod
+    def computes(block: torch.nn.Module) -> bool:
+        """Whether the host's block is FLUX.1's."""
+        return (
+            type(block) is layers.SingleStreamBlock
+            and block.modulation is not None
+            and _is_gelu(block.mlp_act)
+            and not getattr(block, "yak_mlp", False)
+            and _is_norm(block.pre_norm)
+        )
+
+    def forward(self, x, vec, pe, attn_mask=None, transformer_options=None, **others):
+        """As the host's: (B, L, C)."""
+        if not _is_plain(x, x.shape[1], vec, pe, transformer_options, others):
+            return super().forward(x, vec, pe, attn_mask, transformer_options=transformer_options or {}, **others)
+        mod, _ = self.modulation(vec)
+        y = self.linear1(ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps))
+        qkv, mlp = y.split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
+        attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)
+        return ops.gated_sum(x, self.linear2(ops.gelu_concat(attn, mlp)), mod.gate)
