@@ -1,7 +1,7 @@
 """The quantized linear layer, free of any host."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,9 +10,9 @@ from .formats.comfy_quant import LayerSpec
 from .formats.weights import quantized_part
 from .kernels import prefers_int8
 from .numerics import int4
-from .ops.as_int8 import linear_as_int8
+from .ops import as_int8
 from .ops.awq import linear_awq_w4a16
-from .ops.cuda import release
+from .ops.cuda import linear_as_int8_now, release
 from .ops.int4 import linear_w4a4
 from .ops.int8 import linear_int8
 from .ops.nf4 import linear_nf4
@@ -85,20 +85,13 @@ FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
 
 
 def _as_int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
-    return linear_as_int8(
-        x,
-        tensors["smooth_factor"],
-        tensors["proj_down"],
-        tensors["weight"],
-        tensors["weight_scale"],
-        tensors.get("weight_tensor_scale"),
-        tensors.get("weight_channel_scale"),
-        tensors["proj_up"],
-        tensors["bias"],
-        spec.format,
-        spec.act_unsigned,
-        spec.rotated,
-    )
+    """Of any shape."""
+    operands = tuple(map(tensors.get, as_int8.NAMES))
+    form = spec.format, spec.act_unsigned, spec.rotated
+    if x.is_cuda and type(x) is torch.Tensor and not torch.compiler.is_compiling():
+        return linear_as_int8_now(x.contiguous(), operands, form)
+    rows = x.reshape(-1, spec.in_features).contiguous()
+    return as_int8.linear_as_int8(rows, *operands, *form).reshape(*x.shape[:-1], spec.out_features)
 
 
 class SVDQLinear(torch.nn.Module):
@@ -151,14 +144,18 @@ class SVDQLinear(torch.nn.Module):
         too, and are None in a weight-only layer without adapters; ``bias`` and ``delta`` are None if there is none.
         """
         # From the module's own dictionary: going through all parameters properly takes longer than a launch.
-        tensors = dict.fromkeys(("proj_down", "proj_up", "bias")) | self._parameters
-        if self.adapted_down is not None:
-            tensors |= {"proj_down": self.adapted_down, "proj_up": self.adapted_up}
-        return tensors | {"delta": self.delta}
+        buffers = self._buffers
+        tensors = {"proj_down": None, "proj_up": None, "bias": None, **self._parameters, "delta": buffers["delta"]}
+        if buffers["adapted_down"] is not None:
+            tensors["proj_down"], tensors["proj_up"] = buffers["adapted_down"], buffers["adapted_up"]
+        return tensors
 
     def _apply(self, fn, recurse: bool = True):
         """As ``torch.nn.Module``'s, which ``to`` ends in; what a device made of the tensors there is freed."""
         result = super()._apply(fn, recurse)
+        dtypes = {self._parameters[name].dtype for name in self.spec.tensors if not self.spec.keeps_dtype(name)}
+        if len(dtypes) == 1:
+            self.spec = replace(self.spec, dtype=dtypes.pop())
         release((*self.parameters(), *self.buffers()))
         return result
 
@@ -207,33 +204,38 @@ class SVDQLinear(torch.nn.Module):
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
-        cast = {
-            name: tensor
-            if tensor is None or tensor.dtype == x.dtype or self.spec.keeps_dtype(name)
-            else tensor.to(x.dtype)
-            for name, tensor in tensors.items()
-        }
+        if x.dtype != self.spec.dtype:
+            tensors = {
+                name: tensor
+                if tensor is None or tensor.dtype == x.dtype or self.spec.keeps_dtype(name)
+                else tensor.to(x.dtype)
+                for name, tensor in tensors.items()
+            }
+        if self._runs_as_int8(x, tensors):
+            y = _as_int8(x, tensors, self.spec)
+            delta = tensors["delta"]
+            return y if delta is None else y + torch.nn.functional.linear(x, delta)
         rows = x.reshape(-1, self.in_features).contiguous()
-        linear = _as_int8 if self._runs_as_int8(rows, cast) else _LINEAR[self.spec.format]
-        y = linear(rows, cast, self.spec)
-        if not self.spec.layout.low_rank and cast["proj_up"] is not None:
-            y = y + rows @ cast["proj_down"] @ cast["proj_up"].t()
-        if cast["delta"] is not None:
-            y = y + torch.nn.functional.linear(rows, cast["delta"])
+        y = _LINEAR[self.spec.format](rows, tensors, self.spec)
+        if not self.spec.layout.low_rank and tensors["proj_up"] is not None:
+            y = y + rows @ tensors["proj_down"] @ tensors["proj_up"].t()
+        if tensors["delta"] is not None:
+            y = y + torch.nn.functional.linear(rows, tensors["delta"])
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _runs_as_int8(self, rows: torch.Tensor, tensors: _Tensors) -> bool:
+    def _runs_as_int8(self, x: torch.Tensor, tensors: _Tensors) -> bool:
         """Whether this call is evaluated in 8 bits.
 
         Tensors that were moved, cast or patched for it alone are no base for an image that is worth keeping.
         """
+        parameters = self._parameters
         return (
             not self.exact
             and self.spec.format in FOUR_BITS
-            and rows.dtype == self.spec.dtype != torch.float32
-            and tensors["weight"] is self.weight
-            and tensors["bias"] is self.bias
-            and prefers_int8(rows.device, self.out_features, self.in_features)
+            and x.dtype == self.spec.dtype != torch.float32
+            and tensors["weight"] is parameters["weight"]
+            and tensors["bias"] is parameters["bias"]
+            and prefers_int8(x.device, self.out_features, self.in_features)
         )
 
     def _extended(self, branch: str, extra: list[torch.Tensor]) -> torch.Tensor | None:

@@ -59,12 +59,20 @@ def _norm_weights(norm: layers.QKNorm, like: torch.Tensor) -> list[torch.Tensor]
 def _epsilon(norm: layers.QKNorm, dtype: torch.dtype) -> float:
     """Of the host's norm, whose module has none in older hosts; and which means torch's own by None in newer ones."""
     epsilon = getattr(norm.query_norm, "eps", 1e-6)
-    return _torch_epsilon(dtype) if epsilon is None else epsilon
+    return torch_epsilon(dtype) if epsilon is None else epsilon
+
+
+def torch_epsilon(dtype: torch.dtype) -> float:
+    """What ``rms_norm`` adds to a mean square if it is not told: versions of torch differ."""
+    return _seen_epsilon(dtype)
+
+
+torch_epsilon._dynamo_marked_constant = True  # as kernels.prefers_int8
 
 
 @lru_cache(maxsize=8)
-def _torch_epsilon(dtype: torch.dtype) -> float:
-    """What ``rms_norm`` adds to a mean square if it is not told: seen in what it makes of a small number."""
+def _seen_epsilon(dtype: torch.dtype) -> float:
+    """Of what it makes of a small number."""
     small = 2.0**-12
     normed = torch.nn.functional.rms_norm(torch.full((8,), small, dtype=dtype), (8,))[0].item()
     return (small / normed) ** 2 - small**2

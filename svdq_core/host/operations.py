@@ -49,7 +49,7 @@ class QuantizedLinear(SVDQLinear, comfy.ops.CastWeightBiasOp):
         """(..., K) floating point -> (..., N) in the same type."""
         comfy.ops.run_every_op()  # where the host looks for an interrupt
         tensors = self.active_tensors()
-        if self.weight.device != x.device:
+        if tensors["weight"].device != x.device:
             non_blocking = comfy.model_management.device_supports_non_blocking(x.device)
             tensors = {
                 name: None if tensor is None else tensor.to(x.device, non_blocking=non_blocking)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -11,34 +12,93 @@ from . import library, plan, ungrouped
 from .driver import clusters_at_once, grouped_tensor_map, tensor_map
 from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on, pad_rank
 
+if TYPE_CHECKING:
+    from ..ops.as_int8 import Image
+
 _ARGUMENTS = struct.Struct("128s128s5P6i")  # aligned to 64 bytes
+_NO_MAP = bytes(128)
 _RANKS = 64  # columns of ``down``
 _NAME = "linear_as_int8"
 
 
-def linear(
-    x: torch.Tensor,
-    inverse: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """``svdq::linear_as_int8`` of an image (``ops.as_int8.Image``): (M, K) -> (M, N).
+class _Launches:
+    """Of an image: its operands, checked, and for each number of rows the kernels and what they are told.
+
+    A model has hundreds of such layers, which take about as long to launch as to run where there are few rows.
+    """
+
+    def __init__(self, image: Image):
+        (n, k), dtype = image.weight.shape, image.inverse.dtype
+        expect(_NAME, "smooth_factor", image.inverse, image.inverse, (k,), dtype)
+        expect(_NAME, "weight", image.weight, image.inverse, (n, k), torch.int8)
+        if image.bias is not None:
+            expect(_NAME, "bias", image.bias, image.inverse, (n,), dtype)
+        self.n, self.k, self.dtype, self.index = n, k, dtype, image.inverse.get_device()
+        self.inverse = image.inverse.data_ptr()
+        self.of_rows: dict[int, tuple] = {}
+
+    def prepare(self, image: Image, m: int) -> tuple:
+        """Kernels and the constant parts of their arguments, for m rows."""
+        check_limits(_NAME, m, self.n, self.k)
+        kernel, shape = _kernel(self.index, m, self.k, 0, self.dtype == torch.bfloat16, True)
+        made = (
+            kernel.launch,
+            shape.box,
+            (m, self.k, shape.boxes, shape.box.bit_length() - 1, shape.ring_boxes, shape.warps),
+            *ungrouped.int8_launch(self.index, m, image.weight, image.weight_scale, image.bias, self.dtype),
+        )
+        self.of_rows[m] = made
+        return made
+
+
+def linear(x: torch.Tensor, image: Image) -> torch.Tensor:
+    """``svdq::linear_as_int8`` of an image: (..., K) -> (..., N).
 
     Raises:
         KernelInputError: an operand that the kernels do not take.
     """
-    if x.dim() != 2 or x.dtype not in SIXTEEN_BIT:
-        raise KernelInputError(f"svdq::{_NAME}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
-    (m, k), n = x.shape, weight.shape[0]
-    check_limits(_NAME, m, n, k)
-    expect(_NAME, "x", x, x, (m, k), x.dtype)
-    expect(_NAME, "smooth_factor", inverse, x, (k,), x.dtype)
-    expect(_NAME, "weight", weight, x, (n, k), torch.int8)
-    if bias is not None:
-        expect(_NAME, "bias", bias, x, (n,), x.dtype)
-    down, up = x.new_empty((m, 0)), x.new_empty((n, 0))  # the low-rank branch is in the weight
-    return ungrouped.multiply_int8(*quantize(x, inverse), down, None, weight, weight_scale, up, bias)
+    launches = image.launches
+    if launches is None:
+        launches = image.launches = _Launches(image)
+    n, k, pointer = launches.n, launches.k, x.data_ptr()
+    if x.dtype != launches.dtype or x.shape[-1] != k or pointer & 15 or not x.is_contiguous():
+        _refuse(x, launches, image.inverse)
+    m = x.numel() // k
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if not m:
+        return out
+    if x.get_device() != launches.index:
+        _refuse(x, launches, image.inverse)
+    # Codes, and behind them their scales.
+    codes = torch.empty(m * (k + 4), dtype=torch.int8, device=x.device)
+    at = codes.data_ptr()
+    with on(launches.index):
+        quantize_launch, box, sizes, multiply, arguments = launches.of_rows.get(m) or launches.prepare(image, m)
+        stream = torch._C._cuda_getCurrentRawStream(launches.index)
+        quantize_launch(
+            stream,
+            _ARGUMENTS.pack(
+                grouped_tensor_map(pointer, m, 2 * k, plan.RowsBuild.rows, box),
+                _NO_MAP,
+                launches.inverse,
+                at,
+                at + m * k,
+                0,
+                0,
+                *sizes,
+            ),
+        )
+        multiply(stream, arguments(at, at + m * k, out.data_ptr()))
+    return out
+
+
+def _refuse(x: torch.Tensor, launches: _Launches, like: torch.Tensor) -> NoReturn:
+    """Raise for an input that does not fit the layer."""
+    if x.dtype not in SIXTEEN_BIT or x.shape[-1] != launches.k:
+        expected = f"expected (M, {launches.k}) {launches.dtype}"
+        raise KernelInputError(f"svdq::{_NAME}: x is {tuple(x.shape)} {x.dtype}, {expected}")
+    expect(_NAME, "x", x, like, tuple(x.shape), launches.dtype)
+    raise AssertionError("expect() refuses what is refused here")
 
 
 def quantize(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +146,7 @@ def _quantize(
                 torch._C._cuda_getCurrentRawStream(index),
                 _ARGUMENTS.pack(
                     grouped_tensor_map(x.data_ptr(), m, 2 * k, plan.RowsBuild.rows, shape.box),
-                    _branch_map(proj_down, shape) if rank else bytes(128),
+                    _branch_map(proj_down, shape) if rank else _NO_MAP,
                     factor.data_ptr(),
                     codes.data_ptr(),
                     scale.data_ptr(),

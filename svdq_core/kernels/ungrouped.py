@@ -7,6 +7,7 @@ quantizers (``quantize_wide`` for NVFP4), with ``down`` in 16 bits and a multipl
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -58,6 +59,41 @@ def multiply_int8(
 
     scales = act_scale.data_ptr(), _pointer(down_scale), weight_scale.data_ptr(), 0, 0
     return _multiply(m, n, -(-k // _BOX), maps, scales, down, proj_up, bias, nvfp4=False)
+
+
+def int8_launch(
+    index: int,
+    m: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Callable[[int, bytes], None], Callable[[int, int, int], bytes]]:
+    """:func:`multiply_int8` of m rows without a low-rank branch, to be launched often on the same weight.
+
+    Returns:
+        The launch, given a stream and arguments; and what makes those of the codes', their scales' and the
+        outputs' addresses.
+    """
+    n, k = weight.shape
+    build, whole, kernel = _kernel(index, m, n, dtype == torch.bfloat16, False)
+    box, stages = build.tokens // build.cluster, -(-k // _BOX)
+    weight_map = tensor_map(weight.data_ptr(), n, k, build.rows, _BOX, True)
+    constant = weight_scale.data_ptr(), 0, 0, 0, _pointer(bias), m, n, stages + stages % 2, 0, whole
+
+    def arguments(codes: int, act_scale: int, out: int) -> bytes:
+        return _ARGUMENTS.pack(
+            tensor_map(codes, m, k, box, _BOX, True),
+            weight_map,
+            _NO_MAP,
+            _NO_MAP,
+            tensor_map(out, m, 2 * n, 32, _BOX, True),
+            act_scale,
+            0,
+            *constant,
+        )
+
+    return kernel.launch, arguments
 
 
 def multiply_nvfp4(

@@ -8,10 +8,11 @@ end of a sum, and errors of the 4-bit input are gone. Both operands are rotated 
     x ── · inverse ─ rotate ─ quantize rows ─> codes, act_scale ─> y = codes·weightᵀ · scales + bias
 """
 
-from typing import NamedTuple
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..formats.weights import of_outputs, quantized_part
 from ..kernels import state_of
@@ -23,7 +24,7 @@ _library.define(
     " Tensor? weight_tensor_scale, Tensor? weight_channel_scale, Tensor proj_up, Tensor? bias, str layer_format,"
     " bool act_unsigned, bool act_rotated) -> Tensor"
 )
-_NAMES = (
+NAMES = (
     "smooth_factor",
     "proj_down",
     "weight",
@@ -33,7 +34,7 @@ _NAMES = (
     "proj_up",
     "bias",
 )
-OPERANDS, WEIGHT = len(_NAMES), _NAMES.index("weight")  # how many make up a layer, and which is its key
+OPERANDS, WEIGHT = len(NAMES), NAMES.index("weight")  # how many make up a layer, and which is its key
 _PIECE = 2**24  # elements of a weight that are made at once, in several float32 copies
 _ROOM = 8.0  # what is rotated is rounded to 16 bits over this, so that it stays in fp16's range
 
@@ -83,7 +84,8 @@ def linear_as_int8(
     )
 
 
-class Image(NamedTuple):
+@dataclass(eq=False)
+class Image:
     """A layer in 8 bits.
 
     Attributes:
@@ -91,16 +93,19 @@ class Image(NamedTuple):
         weight: (N, K) int8 and
         weight_scale: (N,) float32: of the rotated weight.
         bias: (N,) in the layer's type, or None.
+        launches: what the kernels keep of it from call to call.
     """
 
     inverse: torch.Tensor
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None
+    launches: Any = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+        tensors = self.inverse, self.weight, self.weight_scale, self.bias
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def image(operands: tuple[torch.Tensor | None, ...], layer_format: str, unsigned: bool, rotated: bool) -> Image:
@@ -110,7 +115,7 @@ def image(operands: tuple[torch.Tensor | None, ...], layer_format: str, unsigned
         operands: ``smooth_factor`` to ``bias`` of the operator.
         layer_format, unsigned, rotated: the operator's last.
     """
-    tensors = dict(zip(_NAMES, operands, strict=True))
+    tensors = dict(zip(NAMES, operands, strict=True))
     smooth_factor, proj_up, bias = tensors["smooth_factor"], tensors["proj_up"], tensors["bias"]
     n, k = proj_up.shape[0], smooth_factor.shape[0]
     inverse = (1 / smooth_factor.float()).to(smooth_factor.dtype)
@@ -139,7 +144,15 @@ def quantize_input(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor
     return codes, (scale * _ROOM).clamp_max(torch.finfo(torch.float32).max)
 
 
-_images: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class _Kept(NamedTuple):
+    """An image, and what each operand was when it was made: a reference, and its state."""
+
+    references: tuple[weakref.ref | None, ...]
+    states: tuple[tuple[int, int] | None, ...]
+    image: Image
+
+
+_images: dict[int, _Kept] = {}  # by the identity of a weight that is alive
 
 
 def kept_image(operands: tuple[torch.Tensor | None, ...], *form) -> Image:
@@ -148,32 +161,40 @@ def kept_image(operands: tuple[torch.Tensor | None, ...], *form) -> Image:
     While a CUDA graph is captured what is not there is made for the graph alone.
     """
     weight = operands[WEIGHT]
-    found = _images.get(weight)
-    if found is not None and all(map(_same, found[0], operands)):
-        return found[1]
+    key = id(weight)
+    found = _images.get(key)
+    if found is not None and _are_same(found, operands):
+        return found.image
     if torch.cuda.is_current_stream_capturing():
         return image(operands, *form)
     forget(weight)  # before the next one takes memory
-    state = tuple(None if tensor is None else (TensorWeakRef(tensor), *state_of(tensor)) for tensor in operands)
-    _images[weight] = state, image(operands, *form)
-    return _images[weight][1]
+    references = [None if tensor is None else weakref.ref(tensor) for tensor in operands]
+    references[WEIGHT] = weakref.ref(weight, lambda _: _images.pop(key, None))
+    states = tuple(None if tensor is None else state_of(tensor) for tensor in operands)
+    made = image(operands, *form)
+    _images[key] = _Kept(tuple(references), states, made)
+    return made
 
 
-def _same(before: tuple | None, tensor: torch.Tensor | None) -> bool:
-    if before is None or tensor is None:
-        return before is None and tensor is None
-    return before[0]() is tensor and before[1:] == state_of(tensor)
+def _are_same(found: _Kept, operands: tuple[torch.Tensor | None, ...]) -> bool:
+    for reference, state, tensor in zip(found.references, found.states, operands, strict=True):
+        if tensor is None or reference is None:
+            if tensor is not None or reference is not None:
+                return False
+        elif reference() is not tensor or state != state_of(tensor):
+            return False
+    return True
 
 
 def memory(weight: torch.Tensor) -> int:
     """Bytes that a weight's image takes now, beside the file's tensors."""
-    found = _images.get(weight)
-    return 0 if found is None else found[1].nbytes
+    found = _images.get(id(weight))
+    return 0 if found is None else found.image.nbytes
 
 
 def forget(weight: torch.Tensor) -> None:
     """Free the image of a weight."""
-    _images.pop(weight, None)
+    _images.pop(id(weight), None)
 
 
 @torch.library.impl(_library, "linear_as_int8", "CompositeExplicitAutograd")
@@ -185,7 +206,7 @@ def _linear_as_int8_reference(x, *operands):
     y *= of_layer.weight_scale
     if of_layer.bias is not None:
         y += of_layer.bias.float()
-    return y.to(operands[_NAMES.index("proj_up")].dtype)
+    return y.to(operands[NAMES.index("proj_up")].dtype)
 
 
 @torch.library.register_fake("svdq::linear_as_int8")

@@ -107,14 +107,30 @@ def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *op
     return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
 
 
-def _linear_as_int8(launch, x: torch.Tensor, *operands) -> torch.Tensor:
+def _linear_as_int8(_launch, x: torch.Tensor, *operands) -> torch.Tensor:
     """A fast kernel on Hopper, and there for the sizes that a layer asks about before it comes here."""
     weight = operands[as_int8.WEIGHT]
     if not prefers_int8(x.device, weight.shape[0], x.shape[-1]):
         return as_int8._linear_as_int8_reference(x, *operands)
+    return linear_as_int8_now(x, operands[: as_int8.OPERANDS], operands[as_int8.OPERANDS :])
+
+
+def linear_as_int8_now(x: torch.Tensor, operands: tuple[torch.Tensor | None, ...], form: tuple) -> torch.Tensor:
+    """``svdq::linear_as_int8`` where ``prefers_int8``, but not by way of torch's operators: that is half of its time.
+
+    Args:
+        x: (..., K), contiguous; of a type of its own it has to go by that way, and while torch traces.
+        operands: ``ops.as_int8.NAMES``.
+        form: the operator's last arguments.
+    """
+    return _rows().linear(x, as_int8.kept_image(operands, *form))
+
+
+@lru_cache(maxsize=1)
+def _rows() -> ModuleType:
     from ..kernels import rows
 
-    return rows.linear(x, *as_int8.kept_image(operands[: as_int8.OPERANDS], *operands[as_int8.OPERANDS :]))
+    return rows
 
 
 def _linear_awq(_launch, *operands) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_a_compiled_layer_is_the_layer(layer_format):
 def test_an_image_does_not_depend_on_its_pieces(layer_format, name, piece, bias):
     layer = make(name, layer_format, bias=bias)
     tensors = layer.active_tensors()
-    operands = tuple(tensors.get(operand) for operand in as_int8._NAMES)
+    operands = tuple(tensors.get(operand) for operand in as_int8.NAMES)
     form = layer.spec.format, layer.spec.act_unsigned, layer.spec.rotated
     whole = as_int8.image(operands, *form)
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +127,7 @@ def test_an_image_does_not_depend_on_its_pieces(layer_format, name, piece, bias)
 
 def test_an_image_leaves_what_it_is_made_of_alone():
     layer = make("double_blocks.0.img_mlp.2", SVDQUANT_W4A4)
-    operands = [layer.active_tensors().get(operand) for operand in as_int8._NAMES]
+    operands = [layer.active_tensors().get(operand) for operand in as_int8.NAMES]
     operands[-1] = operands[-1].float()
     before = [tensor if tensor is None else tensor.clone() for tensor in operands]
     image = as_int8.image(tuple(operands), layer.spec.format, layer.spec.act_unsigned, layer.spec.rotated)

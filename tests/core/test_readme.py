@@ -173,9 +173,15 @@ def test_whole_images():
     for name, found in ((name, images[name]) for name in names):
         assert found["resident_gb"] == found["model_gb"], "offloaded"
         seconds = f"{statistics.median(found['image_s']):.2f}" if "image_s" in found else ""
-        measured.append([name, seconds, f"{found['model_gb']:.2f}", f"{found['peak_gb']:.2f}"])
+        peak = f"{found['peak_gb']:.2f}" if "peak_gb" in found else ""
+        measured.append([name, seconds, f"{found['model_gb']:.2f}", peak])
     assert table("FLUX.1-dev in ComfyUI", "model") == measured
     assert f"holds {measured[-1][3]} GB while" in README.replace("\n", " ")
+    full, quantized = (RESULTS["sdxl_images_h200"][name] for name in ("16 bits", "INT4"))
+    seconds = (f"{statistics.median(found['image_s']):.2f}" for found in (quantized, full))
+    text = section("FLUX.1-dev in ComfyUI").replace("\n", " ")
+    assert "takes {} s in INT4 and {} in 16 bits".format(*seconds) in text
+    assert f"weights {quantized['model_gb']:.2f} and {full['model_gb']:.2f} GB" in text
 
 
 def test_calibrating():

@@ -99,3 +99,13 @@ def test_a_node_that_replaces_a_block_may_run_it(host, model):
     options = {"patches_replace": {"dit": {("double_block", 0): replacement, ("single_block", 0): replacement}}}
     assert torch.equal(step(host, model, **options), step(host, model))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_epsilon_that_a_newer_host_leaves_to_torch(host, dtype):
+    from svdq_core.host.flux import torch_epsilon
+
+    x = torch.randn(4, 64) * 0.01
+    expected = torch.nn.functional.rms_norm(x.to(dtype), (64,)).double()
+    found = x.to(dtype).double() * (x.to(dtype).double().square().mean(-1, keepdim=True) + torch_epsilon(dtype)).rsqrt()
+    assert relative(found, expected) < 0.01

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from svdq_core.kernels import grid, hopper, plan
+from svdq_core.kernels import grid, hopper, plan, rows, ungrouped
+from svdq_core.kernels.launch import Kernel
 from svdq_core.numerics import int4
+from svdq_core.ops import as_int8
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sass
@@ -223,3 +227,34 @@ def test_guard_behind_the_images_can_be_read() -> None:
     last_tile = plan.HopperGemmBuild.bn
     assert image.codes.untyped_storage().nbytes() >= image.codes.nbytes + 128 * (last_tile - 8)
     assert image.column_scale.numel() >= 256
+
+
+def test_an_image_leaves_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a card has room for the next model's only when the last one's are gone."""
+    kernel = Kernel(lambda *call: None, 0, (1, 1, 1), 1, 0)
+    shape, build = plan.rows_launch(AT_ONCE, 16, 64, 0, True, True), plan.UngroupedGemmBuild(True, False, 256)
+    monkeypatch.setattr(rows, "_kernel", lambda *asked: (kernel, shape))
+    monkeypatch.setattr(ungrouped, "_kernel", lambda *asked: (build, 1, kernel))
+    monkeypatch.setattr(ungrouped, "tensor_map", lambda *asked: bytes(128))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def image(operands: tuple[torch.Tensor, ...], *form) -> as_int8.Image:
+        made = as_int8.Image(torch.ones(64).bfloat16(), torch.ones(8, 64).to(torch.int8), torch.ones(8), None)
+        made.launches = rows._Launches(made)
+        assert made.launches.prepare(made, 16) is made.launches.of_rows[16]
+        return made
+
+    monkeypatch.setattr(as_int8, "image", image)
+    operands = [torch.ones(8) for _ in as_int8.NAMES]
+    seen = weakref.ref(as_int8.kept_image(tuple(operands)))
+    gc.disable()
+    try:
+        assert seen() is as_int8.kept_image(tuple(operands))
+        operands[0].add_(1)
+        assert seen() is not as_int8.kept_image(tuple(operands)), "it is not made of this"
+        assert seen() is None
+        seen = weakref.ref(as_int8.kept_image(tuple(operands)))
+        del operands
+        assert seen() is None
+    finally:
+        gc.enable()
