@@ -2,7 +2,8 @@
 
 Where layers have 4 bits, the rest of a block takes longer than they do. These blocks compute what the host's do, by the
 same modules, so that adapters, offloading, patches and other packs' hooks see what they know. Asked for anything that a
-block of FLUX.1 at a plain step isn't (a patch inside of it, other modulations), they are the host's.
+block of FLUX.1 at a plain step isn't (a patch inside of it, other modulations), they are the host's; and where another
+pack has put a function of its own in the host's place, that is what they are.
 """
 
 from functools import lru_cache
@@ -33,11 +34,14 @@ def _is_norm(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.LayerNorm) and module.weight is None and module.bias is None
 
 
-def _is_plain(x: torch.Tensor, tokens: int, vec, pe, transformer_options: dict | None, others: dict) -> bool:
-    """Whether a block is asked for nothing else than what FLUX.1 is."""
+def _is_plain(
+    block: type, x: torch.Tensor, tokens: int, vec, pe, transformer_options: dict | None, others: dict
+) -> bool:
+    """Whether a block of this class of the host is asked for nothing else than what FLUX.1 is."""
     patches = (transformer_options or {}).get("patches", {})
     return (
-        isinstance(vec, torch.Tensor)
+        block.forward.__module__ == layers.__name__
+        and isinstance(vec, torch.Tensor)
         and vec.ndim == 2
         and vec.shape[0] == x.shape[0]
         and isinstance(pe, torch.Tensor)
@@ -104,7 +108,7 @@ class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
     def forward(self, img, txt, vec, pe, attn_mask=None, transformer_options=None, **others):
         """As the host's: (img, txt), each (B, L, C)."""
         length = txt.shape[1]
-        if not _is_plain(img, length + img.shape[1], vec, pe, transformer_options, others):
+        if not _is_plain(layers.DoubleStreamBlock, img, length + img.shape[1], vec, pe, transformer_options, others):
             options = transformer_options or {}
             return super().forward(img, txt, vec, pe, attn_mask, transformer_options=options, **others)
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
@@ -145,7 +149,7 @@ class FusedSingleStreamBlock(layers.SingleStreamBlock):
 
     def forward(self, x, vec, pe, attn_mask=None, transformer_options=None, **others):
         """As the host's: (B, L, C)."""
-        if not _is_plain(x, x.shape[1], vec, pe, transformer_options, others):
+        if not _is_plain(layers.SingleStreamBlock, x, x.shape[1], vec, pe, transformer_options, others):
             return super().forward(x, vec, pe, attn_mask, transformer_options=transformer_options or {}, **others)
         mod, _ = self.modulation(vec)
         y = self.linear1(ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps))

@@ -109,3 +109,16 @@ def test_an_epsilon_that_a_newer_host_leaves_to_torch(host, dtype):
     expected = torch.nn.functional.rms_norm(x.to(dtype), (64,)).double()
     found = x.to(dtype).double() * (x.to(dtype).double().square().mean(-1, keepdim=True) + torch_epsilon(dtype)).rsqrt()
     assert relative(found, expected) < 0.01
+
+
+def test_a_function_that_another_pack_puts_in_the_host_s_class_runs(host, model, monkeypatch):
+    from comfy.ldm.flux.layers import SingleStreamBlock
+
+    def forward(self, x, *args, **kwargs):
+        return x
+
+    before = step(host, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleStreamBlock, "forward", forward)
+        assert relative(step(host, model), before) > 0.05
+    assert torch.equal(step(host, model), before)
