@@ -1,6 +1,6 @@
 """FLUX.1's blocks with one pass over memory for what lies between their linear layers (``ops.block``).
 
-Where layers have 4 bits, the rest of a block takes longer than they do. These blocks compute what the host's do, by the
+Where layers have 4 bits, the rest of a block takes as long as they do. These blocks compute what the host's do, by the
 same modules, so that adapters, offloading, patches and other packs' hooks see what they know. Asked for anything that a
 block of FLUX.1 at a plain step isn't (a patch inside of it, other modulations), they are the host's; and where another
 pack has put a function of its own in the host's place, that is what they are.
