@@ -25,11 +25,21 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 20
 
 
-def drawn(host: FluxHost, model) -> dict[str, object]:
+def drawn(host, model) -> dict[str, object]:
     """Images of a MODEL, the first after a short one that loads and compiles."""
     torch.cuda.reset_peak_memory_stats()
     host.draw(model, 1, 2)
     return {"image_s": [seconds(host.draw, model, 1, STEPS) for _ in range(3)], **memory(model)}
+
+
+def in_16_bits(host, module: str) -> dict[str, object]:
+    """What a result begins with: how it came about, and the host's own MODEL."""
+    return {
+        "command": f"python -m {module}",
+        "environment": bench.environment() | {"comfyui": host.version},
+        "steps": STEPS,
+        "16 bits": drawn(host, host.model),
+    }
 
 
 def quantize(model, path: Path) -> None:
@@ -66,12 +76,7 @@ def on_a_small_card(host: FluxHost, path: Path) -> dict[str, object]:
 def main() -> None:
     """Measure on the current CUDA card and write the JSON."""
     host = FluxHost()
-    result = {
-        "command": "python -m benchmarks.flux_images",
-        "environment": bench.environment() | {"comfyui": host.version},
-        "steps": STEPS,
-        "16 bits": drawn(host, host.model),
-    }
+    result = in_16_bits(host, "benchmarks.flux_images")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux-int4.safetensors"
         quantize(host.model, path)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flux_images import RESULTS, STEPS, drawn, quantize
+from benchmarks.flux_images import RESULTS, drawn, in_16_bits, quantize
 from benchmarks.flux_in_comfy import SEED
 from benchmarks.full_size import sdxl, weight
-from svdq_core import bench
 from tools.comfy_in_process import InProcessHost
 
 LATENT, TEXT, POOLED = (1, 4, 128, 128), (1, 77, 2048), (1, 1280)
@@ -48,12 +47,7 @@ class SdxlHost(InProcessHost):
 def main() -> None:
     """Measure on the current CUDA card and write the JSON."""
     host = SdxlHost()
-    result = {
-        "command": "python -m benchmarks.sdxl_images",
-        "environment": bench.environment() | {"comfyui": host.version},
-        "steps": STEPS,
-        "16 bits": drawn(host, host.model),
-    }
+    result = in_16_bits(host, "benchmarks.sdxl_images")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sdxl-int4.safetensors"
         quantize(host.model, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class _Operator(NamedTuple):
     def __call__(self, *operands):
         if not _runs(operands[0].device.index, operands[self.decides].dtype):
             return self.reference(*operands)
-        return self.kernel(_launch(), *operands)
+        return self.kernel(_kernels("launch"), *operands)
 
 
 class _BlockOperator(NamedTuple):
@@ -42,15 +43,8 @@ class _BlockOperator(NamedTuple):
 
     def __call__(self, *operands):
         first = operands[0] if isinstance(operands[0], torch.Tensor) else operands[0][0]
-        found = self.kernel(_block(), *operands) if _runs(first.device.index, first.dtype) else None
+        found = self.kernel(_kernels("block"), *operands) if _runs(first.device.index, first.dtype) else None
         return self.reference(*operands) if found is None else found
-
-
-@lru_cache(maxsize=1)
-def _block() -> ModuleType:
-    from ..kernels import block as kernels
-
-    return kernels
 
 
 def _norm_modulate(kernels, x, *norm):
@@ -63,11 +57,10 @@ def _gated_sum(kernels, x, *gated):
     return None if found is None else found[0]
 
 
-@lru_cache(maxsize=1)
-def _launch() -> ModuleType:
-    from ..kernels import launch
-
-    return launch
+@lru_cache(maxsize=8)
+def _kernels(name: str) -> ModuleType:
+    """A module of ``kernels``, imported at the first call only."""
+    return import_module(f"..kernels.{name}", __package__)
 
 
 def _quantize_act(launch, x: torch.Tensor, smooth_factor, proj_down, act_unsigned, act_rotated=False):
@@ -123,14 +116,7 @@ def linear_as_int8_now(x: torch.Tensor, operands: tuple[torch.Tensor | None, ...
         operands: ``ops.as_int8.NAMES``.
         form: the operator's last arguments.
     """
-    return _rows().linear(x, as_int8.kept_image(operands, *form))
-
-
-@lru_cache(maxsize=1)
-def _rows() -> ModuleType:
-    from ..kernels import rows
-
-    return rows
+    return _kernels("rows").linear(x, as_int8.kept_image(operands, *form))
 
 
 def _linear_awq(_launch, *operands) -> torch.Tensor:
@@ -192,9 +178,6 @@ _OPERATORS = {
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
     "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
     "feed_forward_nvfp4": _Operator(nvfp4._feed_forward_nvfp4_reference, _feed_forward_nvfp4, 0),
-}
-
-_OPERATORS |= {
     "norm_modulate": _BlockOperator(block._norm_modulate_reference, _norm_modulate),
     "gated_sum": _BlockOperator(block._gated_sum_reference, _gated_sum),
     "gated_norm_modulate": _BlockOperator(
