@@ -23,13 +23,13 @@ from svdq_core.kernels import nvfp4 as nvfp4_kernels
 from svdq_core.kernels import prefers_int8
 from svdq_core.numerics import awq, int4, int8, nvfp4
 from svdq_core.ops.as_int8 import linear_as_int8
-from svdq_core.ops.awq import linear_awq_w4a16
+from svdq_core.ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from svdq_core.ops.int8 import linear_int8
 from svdq_core.ops.nvfp4 import linear_nvfp4
 
 RANK, LORA_RANK = 32, 16
 FLUX = 5  # of bench.SHAPES, the first are FLUX's with 4608 tokens
-MODULATIONS = ((3072, 18432), (3072, 9216))  # (K, N)
+MODULATIONS = {(3072, 18432): 38, (3072, 9216): 38}  # (K, N), and how often FLUX.1 has each
 # How often FLUX.1 has each (tokens, K, N) at 1024 x 1024: 19 double blocks, both streams, and 38 single ones.
 FLUX_LAYERS = {
     (4096, 3072, 9216): 19,
@@ -194,6 +194,24 @@ def measure_modulations(bandwidth: float) -> list[dict]:
     return results
 
 
+def measure_modulations_together(bandwidth: float) -> list[dict]:
+    """All of FLUX.1's modulations, as a step computes them: by one kernel; and for comparison one after another."""
+    names = ("weight", "weight_scale", "weight_zero", "bias")
+    every = [shape for shape, count in MODULATIONS.items() for _ in range(count)]
+    layers = [[o[name] for name in names] for o in (awq_operands(1, k, n, torch.bfloat16) for k, n in every)]
+    weights = sum(tensor.nbytes for layer in layers for tensor in layer)
+    results = []
+    for m in (1, 4, 8):
+        x = torch.randn((m, every[0][0]), device="cuda", dtype=torch.bfloat16)
+        us = bench.median_us([lambda x=x: linears_awq_w4a16(x, *zip(*layers, strict=True))])
+        one_by_one = bench.median_us([lambda x=x: [linear_awq_w4a16(x, *layer) for layer in layers]])
+        moved = weights + 2 * m * (x.shape[1] + sum(n for _, n in every))
+        results.append({"m": m, "layers": len(layers), "bytes": moved, "w4a16_us": us, "one_by_one_us": one_by_one})
+        results[-1]["share_of_copy_bandwidth"] = moved / (us * 1e-6) / bandwidth
+        print(results[-1], flush=True)
+    return results
+
+
 def measure_lora() -> dict:
     """All of FLUX.1's linear layers in INT4 without and with 16 more ranks, as an adapter extends them."""
     times = {}
@@ -225,6 +243,7 @@ def main() -> None:
         },
         "layers": layers,
         "modulations": measure_modulations(bandwidth),
+        "modulations_together": measure_modulations_together(bandwidth),
         "lora": measure_lora(),
     }
     path.write_text(json.dumps(report, indent=1) + "\n")

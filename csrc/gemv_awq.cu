@@ -1,5 +1,7 @@
 // y = x . W^T + bias for at most eight rows of x, W = (code - 8) * scale + zero in groups of 64
 // columns. For modulation layers, whose input is one row an image: reading W is all the work.
+// Layers of one input are taken together: a launch's start and end cost as much as a layer of
+// FLUX.1.
 //
 // Tensor cores make the products, with W on the left: its 16 x 16 fragments meet 16 x 8 of x^T, so
 // eight rows of x cost what one does. Codes plus an offset are exact in 16 bits; a group's sums,
@@ -10,15 +12,20 @@
 //
 //                     K
 //                warp 0 | warp 1 | ...    Block b has the tiles of 16 outputs b, b + blocks and so
-//     tile b      256   |  256   |        on: the card reads W from its beginning to its end. A
-//     b + blocks        |        |        warp has four groups of K, and x of them in registers. It
-//     b + 2 blocks      |        |        runs alone, with copies STAGES - 1 tiles ahead, and keeps
-//     ...               |        |        its sums; in the end the block adds them up.
+//     tile b      256   |  256   |        on, through all layers: the card reads them from their
+//     b + blocks        |        |        beginning to their end. A warp has four groups of K, and
+//     x b + 2 blocks      |        |        of them in registers. It runs alone, with copies STAGES
+//     - 1
+//     ...               |        |        tiles ahead, and keeps its sums; the block adds them up
+//                                         for a batch of tiles, as many as shared memory has room
+//                                         for.
 //
-// Where the warps of a block cannot cover K, they go through the tiles again with other groups.
-// Where N is an odd number of eights, the last tile begins eight early.
+// Where the warps of a block cannot cover K, they go through a batch again with other groups. Where
+// N is an odd number of eights, a layer's last tile begins eight early. The warps take turns to
+// note what a tile's end needs to know, those of the next batch beside those of this one.
 //
-//     shared memory:   stages [warp]  |  bias [tile][16]  |  sums [tile][warp][row of x][16]
+//     shared memory:   stages [warp]  |  notes [2][tile]  |  sums [tile][warp][row of x][16]
+//     a note:          bias [16]  |  where the outputs go  |  N
 //     a warp's stages: codes [8][STAGES][2 rows of 128 bytes]  |  [STAGES][scales, zeros][4][16]
 //                      chunk c of row r at c ^ (2 * (r / 2 % 4)), the other stage at address ^ 256
 //
@@ -37,30 +44,56 @@
 #ifndef SVDQ_WARPS  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_WARPS 12
 #    define SVDQ_STAGES 2
+#    define SVDQ_LAYERS 1
 #endif
 
 namespace {
 
-constexpr int kStages = SVDQ_STAGES;
+constexpr int kStages = SVDQ_STAGES, kLayers = SVDQ_LAYERS;
 constexpr int kRows = 16, kGroups = 4;  // of a stage
 constexpr int kRowBytes = kGroups * kGroup / 2;
 constexpr int kCodes = kRows * kRowBytes, kScales = kRows * kGroups * 2;
 constexpr int kStageBytes = kCodes + 2 * kScales;
-constexpr int kPairBytes = kStages * 2 * kRowBytes;      // of two rows, in all stages
-constexpr u32 kOther = kStages > 1 ? 2 * kRowBytes : 0;  // to the other stage
+constexpr int kPairBytes = kStages * 2 * kRowBytes;            // of two rows, in all stages
+constexpr int kNote = 2 * kRows + 16, kNoteWhere = 2 * kRows;  // bytes
+constexpr u32 kOther = kStages > 1 ? 2 * kRowBytes : 0;        // to the other stage
 static_assert(kStages <= 2 && 2 * kScales == 2 * kRowBytes);
 constexpr bool kEarly = SVDQ_ARCH >= 900;  // whether the first tile is fetched before the wait
 
-struct Arguments {
-    const u16* x;      // (M, K)
+struct Layer {
     const u8* weight;  // (N, K / 2)
     const u16* scale;  // (K / 64, N)
     const u16* zero;   // (K / 64, N)
     const u16* bias;   // (N,) or null
-    u16* out;          // (M, N)
-    int m, n, k;
+    int n;
+    int before;  // outputs of the layers before it
+};
+
+struct Arguments {
+    const u16* x;  // (M, K)
+    u16* out;      // (M, N) of each layer, one after the other
+    int m, k;
     int rounds;         // until the warps have gone through K
     int tiles, longer;  // of a block; the first `longer` blocks have one more
+    int batch;          // tiles whose sums are kept at once
+    Layer layers[kLayers];
+};
+
+// Where a tile is: its layer, and its first output.
+struct Place {
+    int layer, n;
+
+    // n may have gone beyond its layer; there must be a tile at this place.
+    SVDQ_DEVICE void settle(const Arguments& p) {
+        if constexpr (kLayers > 1)
+            for (; n >= p.layers[layer].n; ++layer)
+                n -= (p.layers[layer].n + kRows - 1) / kRows * kRows;
+    }
+
+    // The first output, eight earlier than settled where the layer ends in the middle of a tile.
+    SVDQ_DEVICE int first(const Arguments& p) const {
+        return min(n, p.layers[layer].n - kRows);
+    }
 };
 
 // A nibble in the mantissa's place of 8, 4, 2 and 1 of a number in [16, 32) makes it 16 + code.
@@ -127,19 +160,23 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
     const int warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const int warps = blockDim.x / 32, groups = p.k / kGroup;
 
+    const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
+    const int step_n = gridDim.x * kRows;
+    const u32 row_bytes = p.k / 2;
+    Place copy_place = {0, block * kRows};
+    copy_place.settle(p);
+
     // Of the first tile what this warp will copy: 128 bytes of each row, each group's scales and
     // zeros.
-    const int block = blockIdx.x, tiles = p.tiles + (block < p.longer ? 1 : 0);
-    const int first_n = block * kRows, step_n = gridDim.x * kRows, last_n = p.n - kRows;
-    const u32 row_bytes = p.k / 2;
     const int group = warp * kGroups;
     if (kEarly && group < groups) {
-        const u32 n = min(first_n, last_n);
+        const Layer& layer = p.layers[copy_place.layer];
+        const u32 n = copy_place.first(p);
         if (lane < kRows)
-            prefetch_line(p.weight + ((n + lane) * row_bytes + group * (kGroup / 2)));
+            prefetch_line(layer.weight + ((n + lane) * row_bytes + group * (kGroup / 2)));
         else if (lane < kRows + 2 * kGroups)
-            prefetch_line((lane % 8 < 4 ? p.scale : p.zero) +
-                          (min(group + lane % 4, groups - 1) * p.n + n));
+            prefetch_line((lane % 8 < 4 ? layer.scale : layer.zero) +
+                          (min(group + lane % 4, groups - 1) * layer.n + n));
     }
     wait_for_kernel_before();
     let_next_kernel_start();
@@ -158,35 +195,58 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
     __syncwarp();  // the compiler would put some copies first
 
     // Copies: 16 bytes of rows lane / 8 + 4i, and with 16 of the lanes those of the same groups'
-    // scales and zeros.
+    // scales and zeros. They go through the tiles in the order in which these are multiplied.
     const u32 stages = shared_address(shared + warp * kStages * kStageBytes);
     const u32 row = lane / 8, chunk = lane % 8;
     u32 to =
         kept(stages + row / 2 * kPairBytes + row % 2 * kRowBytes + ((chunk ^ row / 2 * 2) << 4));
     u32 scale_to = kept(stages + kStages * kCodes + lane * 16);
-    const u8* const scales = (const u8*)(lane < 8 ? p.scale : p.zero);
-    int copy_n = first_n, copy_group = warp * kGroups + lane % 8 / 2;
+    const u32 notes = shared_address(shared + warps * kStages * kStageBytes);
+    Place copy_first = copy_place;
+    int turn = warp, copy_notes = 0;  // tiles until this warp's turn; notes of the other batch
+    const int first_group = warp * kGroups + lane % 8 / 2;
+    int copy_group = first_group, copy_tile = 0, copy_count = min(p.batch, tiles),
+        copy_left = tiles, copy_round = 0;
     auto copy_stage = [&]() {
-        if (copy_group < p.rounds * warps * kGroups) {
-            const u32 n = min(copy_n, last_n);
-            const u32 group = min(copy_group, groups - 1);
-            const u32 half = lane % 2 * 16;
+        if (copy_count) {
+            copy_place.settle(p);
+            const Layer& layer = p.layers[copy_place.layer];
+            const u32 n = copy_place.first(p);
+            const u32 group = min(copy_group, groups - 1), half = lane % 2 * 16;
             const u8* const codes =
-                p.weight + ((n + row) * row_bytes + group * (kGroup / 2) + half);
+                layer.weight + ((n + row) * row_bytes + group * (kGroup / 2) + half);
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i)
                 copy_or_zero<16>((i % 2 ? to ^ 64 : to) + i * 2 * kPairBytes,
                                  codes + i * 4 * row_bytes, true);
             // Where K has ended, scales of zero keep out what is read.
             if (lane < 16)
-                copy_or_zero<16>(scale_to, scales + ((group * p.n + n) * 2 + half),
+                copy_or_zero<16>(scale_to,
+                                 (const u8*)(lane < 8 ? layer.scale : layer.zero) +
+                                     ((group * layer.n + n) * 2 + half),
                                  copy_group < groups);
-            copy_n += step_n;
-            if (copy_n == first_n + tiles * step_n) {
-                copy_n = first_n;
-                copy_group += warps * kGroups;
-            }
             to ^= kOther, scale_to ^= kOther;
+            if (turn-- == 0) {
+                turn = warps - 1;
+                const u32 note = notes + (copy_notes + copy_tile) * kNote;
+                if (lane < 2)
+                    copy_or_zero<16>(note + half, (const u8*)layer.bias + (n * 2 + half),
+                                     layer.bias != nullptr);
+                if (lane == 0)
+                    store_shared8(note + kNoteWhere, (u32)layer.before * p.m + n, layer.n);
+            }
+            copy_place.n += step_n;
+            if (++copy_tile == copy_count) {
+                copy_tile = 0;
+                copy_group += warps * kGroups;
+                if (++copy_round < p.rounds) {
+                    copy_place = copy_first;
+                } else {
+                    copy_round = 0, copy_first = copy_place, copy_group = first_group;
+                    copy_notes = p.batch - copy_notes;
+                    copy_left -= copy_count, copy_count = min(p.batch, copy_left);
+                }
+            }
         }
         copy_commit();
     };
@@ -194,92 +254,93 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(c
     for (int s = 0; s < kStages - 1; ++s)
         copy_stage();
 
-    u16* const bias = (u16*)(shared + warps * kStages * kStageBytes);
-    if (p.bias)
-        for (int i = threadIdx.x; i < tiles * 2; i += warps * 32)
-            copy_or_zero<16>(shared_address(bias + i * 8),
-                             p.bias + min(first_n + i / 2 * step_n, last_n) + i % 2 * 8, true);
     u32 codes_at = kept(stages + g * kPairBytes + g % 4 * 32 + q * 8);
     u32 scales_at = kept(stages + kStages * kCodes + g * 4);
     // A lane is less than 32. Of a mere constant the compiler would make a register for every word.
     const u32 mask = kept(lane & 32 ? 0 : kMask);
-    float* const sums = (float*)(bias + tiles * kRows);
+    float* const sums = (float*)(shared + warps * kStages * kStageBytes + 2 * p.batch * kNote);
     const u32 sums_stride = warps * p.m * kRows * 4;
     const u32 sums_start = kept(shared_address(sums + (warp * p.m + 2 * q) * kRows + 2 * g));
-    for (int round = 0; round < p.rounds; ++round) {
-        Operand x[kGroups];
+    u32 batch_notes = notes;
+    for (int first = 0; first < tiles; first += p.batch) {
+        const int count = min(p.batch, tiles - first);
+        for (int round = 0; round < p.rounds; ++round) {
+            Operand x[kGroups];
 #pragma unroll
-        for (int i = 0; i < kGroups; ++i)
-            x[i].take(columns[i]);
-        u32 sums_at = sums_start;
-        for (int tile = 0; tile < tiles; ++tile, sums_at += sums_stride) {
-            copy_stage();
-            copy_wait<kStages - 1>();
-            __syncwarp();
-            float acc[4] = {};
+            for (int i = 0; i < kGroups; ++i)
+                x[i].take(columns[i]);
+            u32 sums_at = sums_start;
+            for (int tile = 0; tile < count; ++tile, sums_at += sums_stride) {
+                copy_stage();
+                copy_wait<kStages - 1>();
+                __syncwarp();
+                float acc[4] = {};
 #pragma unroll
-            for (int i = 0; i < kGroups; ++i) {
-                const uint2 even = load_shared8(codes_at ^ i * 32);
-                const uint2 odd = load_shared8((codes_at ^ i * 32) + kRowBytes);
-                const u32 scale = load_shared4(scales_at + i * kRows * 2);
-                const u32 zero = load_shared4(scales_at + kScales + i * kRows * 2);
-                float products[4] = {};
+                for (int i = 0; i < kGroups; ++i) {
+                    const uint2 even = load_shared8(codes_at ^ i * 32);
+                    const uint2 odd = load_shared8((codes_at ^ i * 32) + kRowBytes);
+                    const u32 scale = load_shared4(scales_at + i * kRows * 2);
+                    const u32 zero = load_shared4(scales_at + kScales + i * kRows * 2);
+                    float products[4] = {};
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const u32 word[2] = {half ? even.y : even.x, half ? odd.y : odd.x};
-                    const u32 low[4] = {decode<0>(word[0], mask), decode<0>(word[1], mask),
-                                        decode<1>(word[0], mask), decode<1>(word[1], mask)};
-                    const u32 high[4] = {decode<2>(word[0], mask), decode<2>(word[1], mask),
-                                         decode<3>(word[0], mask), decode<3>(word[1], mask)};
-                    mma_16bit<T>(products, low, x[i].pair[4 * half], x[i].pair[4 * half + 1]);
-                    mma_16bit<T>(products, high, x[i].pair[4 * half + 2], x[i].pair[4 * half + 3]);
+                    for (int half = 0; half < 2; ++half) {
+                        const u32 word[2] = {half ? even.y : even.x, half ? odd.y : odd.x};
+                        const u32 low[4] = {decode<0>(word[0], mask), decode<0>(word[1], mask),
+                                            decode<1>(word[0], mask), decode<1>(word[1], mask)};
+                        const u32 high[4] = {decode<2>(word[0], mask), decode<2>(word[1], mask),
+                                             decode<3>(word[0], mask), decode<3>(word[1], mask)};
+                        mma_16bit<T>(products, low, x[i].pair[4 * half], x[i].pair[4 * half + 1]);
+                        mma_16bit<T>(products, high, x[i].pair[4 * half + 2],
+                                     x[i].pair[4 * half + 3]);
+                    }
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const float s = e < 2 ? T::low(scale) : T::high(scale);
+                        const float z = e < 2 ? T::low(zero) : T::high(zero);
+                        acc[e] = fmaf(s, products[e],
+                                      fmaf(fmaf(-kOffset, s, z), x[i].sum[e % 2], acc[e]));
+                    }
                 }
+                codes_at ^= kOther, scales_at ^= kOther;
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float s = e < 2 ? T::low(scale) : T::high(scale);
-                    const float z = e < 2 ? T::low(zero) : T::high(zero);
-                    acc[e] =
-                        fmaf(s, products[e], fmaf(fmaf(-kOffset, s, z), x[i].sum[e % 2], acc[e]));
+                for (int h = 0; h < 2; ++h) {
+                    if (2 * q + h >= p.m) break;
+                    const u32 at = sums_at + h * kRows * 4;
+                    if (round) {
+                        const uint2 before = load_shared8(at);
+                        acc[h] += as_float(before.x);
+                        acc[2 + h] += as_float(before.y);
+                    }
+                    store_shared8(at, as_bits(acc[h]), as_bits(acc[2 + h]));
                 }
+                __syncwarp();
             }
-            codes_at ^= kOther, scales_at ^= kOther;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                if (2 * q + h >= p.m) break;
-                const u32 at = sums_at + h * kRows * 4;
-                if (round) {
-                    const uint2 before = load_shared8(at);
-                    acc[h] += as_float(before.x);
-                    acc[2 + h] += as_float(before.y);
-                }
-                store_shared8(at, as_bits(acc[h]), as_bits(acc[2 + h]));
-            }
-            __syncwarp();
+            // After the last round for nothing, but under a condition the compiler would pair x for
+            // every tile anew.
+            read_x(round + 1 < p.rounds ? round + 1 : 0);
         }
-        // After the last round for nothing, but under a condition the compiler would pair x for
-        // every tile anew.
-        read_x(round + 1);
-    }
 
-    copy_wait<0>();
-    __syncthreads();
-    // A warp adds up a tile, a lane four outputs of a row of x.
-    const int thread = read_thread_again();
-    const int m = thread % 32 / (kRows / 4), column = thread % (kRows / 4) * 4;
-    if (m >= p.m) return;
-    for (int tile = thread / 32; tile < tiles; tile += warps) {
-        const int n = min(first_n + tile * step_n, last_n) + column;
-        uint2 first = make_uint2(0, 0);
-        if (p.bias) first = *(const uint2*)(bias + tile * kRows + column);
-        float y[4] = {T::low(first.x), T::high(first.x), T::low(first.y), T::high(first.y)};
-        const float4* from = (const float4*)(sums + (tile * warps * p.m + m) * kRows + column);
+        __syncthreads();
+        // A thread adds up four outputs of a row of x. A tile's rows are counted as a power of two.
+        const int log_m = p.m > 4 ? 3 : p.m > 2 ? 2 : p.m - 1;
+        for (int i = read_thread_again(); i < count * 4 << log_m; i += warps * 32) {
+            const int column = i % 4 * 4, m = i / 4 & (1 << log_m) - 1, tile = i / 4 >> log_m;
+            if (m >= p.m) continue;
+            const u32 note = batch_notes + tile * kNote;
+            const uint2 bias = load_shared8(note + column * 2);
+            const uint2 where = load_shared8(note + kNoteWhere);
+            float y[4] = {T::low(bias.x), T::high(bias.x), T::low(bias.y), T::high(bias.y)};
+            const float4* from = (const float4*)(sums + (tile * warps * p.m + m) * kRows + column);
 #pragma unroll 4
-        for (int w = 0; w < warps; ++w) {
-            const float4 v = from[w * p.m * (kRows / 4)];
-            y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+            for (int w = 0; w < warps; ++w) {
+                const float4 v = from[w * p.m * (kRows / 4)];
+                y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
+            }
+            *(uint2*)(p.out + (where.x + m * where.y + column)) =
+                make_uint2(T::pack(saturate<T>(y[0]), saturate<T>(y[1])),
+                           T::pack(saturate<T>(y[2]), saturate<T>(y[3])));
         }
-        *(uint2*)(p.out + (u32)m * p.n + n) =
-            make_uint2(T::pack(saturate<T>(y[0]), saturate<T>(y[1])),
-                       T::pack(saturate<T>(y[2]), saturate<T>(y[3])));
+        batch_notes = 2 * notes + p.batch * kNote - batch_notes;
+        __syncthreads();
     }
 }

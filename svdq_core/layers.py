@@ -1,6 +1,6 @@
 """The quantized linear layer, free of any host."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from .formats.weights import quantized_part
 from .kernels import prefers_int8
 from .numerics import int4
 from .ops import as_int8
-from .ops.awq import linear_awq_w4a16
+from .ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from .ops.cuda import linear_as_int8_now, release
 from .ops.int4 import linear_w4a4
 from .ops.int8 import linear_int8
@@ -204,24 +204,32 @@ class SVDQLinear(torch.nn.Module):
 
     def _evaluate(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """Run on ``tensors`` (those of ``active_tensors``, wherever they were moved to)."""
-        if x.dtype != self.spec.dtype:
-            tensors = {
-                name: tensor
-                if tensor is None or tensor.dtype == x.dtype or self.spec.keeps_dtype(name)
-                else tensor.to(x.dtype)
-                for name, tensor in tensors.items()
-            }
+        tensors = self._in_type_of(x, tensors)
         if self._runs_as_int8(x, tensors):
             y = _as_int8(x, tensors, self.spec)
             delta = tensors["delta"]
             return y if delta is None else y + torch.nn.functional.linear(x, delta)
         rows = x.reshape(-1, self.in_features).contiguous()
-        y = _LINEAR[self.spec.format](rows, tensors, self.spec)
+        y = self._adapted(_LINEAR[self.spec.format](rows, tensors, self.spec), rows, tensors)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _in_type_of(self, x: torch.Tensor, tensors: _Tensors) -> _Tensors:
+        if x.dtype == self.spec.dtype:
+            return tensors
+        return {
+            name: tensor
+            if tensor is None or tensor.dtype == x.dtype or self.spec.keeps_dtype(name)
+            else tensor.to(x.dtype)
+            for name, tensor in tensors.items()
+        }
+
+    def _adapted(self, y: torch.Tensor, rows: torch.Tensor, tensors: _Tensors) -> torch.Tensor:
+        """What the format's operator gave for rows (M, K), with the adapters that it knows nothing of."""
         if not self.spec.layout.low_rank and tensors["proj_up"] is not None:
             y = y + rows @ tensors["proj_down"] @ tensors["proj_up"].t()
         if tensors["delta"] is not None:
             y = y + torch.nn.functional.linear(rows, tensors["delta"])
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y
 
     def _runs_as_int8(self, x: torch.Tensor, tensors: _Tensors) -> bool:
         """Whether this call is evaluated in 8 bits.
@@ -255,3 +263,20 @@ class SVDQLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, format={self.spec.stored_format}, "
             f"rank={self.rank}" + (f"+{extra}" if extra else "") + (", act_unsigned=True" if self.act_unsigned else "")
         )
+
+
+def evaluate_together(layers: Sequence[SVDQLinear], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each of these layers gives for the same input, by one kernel.
+
+    Args:
+        layers: in ``awq_w4a16``, of the same K, their tensors on the input's device.
+        x: (M, K).
+
+    Returns:
+        (M, N) of each, adapters included.
+    """
+    rows = x.contiguous()
+    tensors = [layer._in_type_of(rows, layer.active_tensors()) for layer in layers]
+    names = ("weight", "weight_scale", "weight_zero", "bias")
+    outputs = linears_awq_w4a16(rows, *([each[name] for each in tensors] for name in names))
+    return [layer._adapted(y, rows, each) for layer, y, each in zip(layers, outputs, tensors, strict=True)]

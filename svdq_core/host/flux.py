@@ -14,16 +14,25 @@ import torch
 from comfy.ldm.flux.math import attention
 
 from ..ops import block as ops
+from .modulations import Modulations
 
 _INSIDE = ("attn1_patch", "attn1_output_patch")  # patches that newer hosts apply inside of a block
 
 
 def fuse_blocks(diffusion_model: torch.nn.Module) -> None:
     """Make the blocks of a FLUX.1 model those below; others stay as they are."""
-    for name, fused in (("double_blocks", FusedDoubleStreamBlock), ("single_blocks", FusedSingleStreamBlock)):
-        for block in getattr(diffusion_model, name, ()):
-            if fused.computes(block):
-                block.__class__ = fused  # which has all that the host made
+    classes = {"double_blocks": FusedDoubleStreamBlock, "single_blocks": FusedSingleStreamBlock}
+    found = [
+        (block, fused)
+        for name, fused in classes.items()
+        for block in getattr(diffusion_model, name, ())
+        if fused.computes(block)
+    ]
+    modules = (module for block, _ in found for module in block.modules())
+    modulations = Modulations([module for module in modules if isinstance(module, layers.Modulation)])
+    for block, fused in found:
+        block.__class__ = fused  # which has all that the host made
+        block.modulations = modulations
 
 
 def _is_gelu(module: torch.nn.Module) -> bool:
@@ -111,7 +120,8 @@ class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
         if not _is_plain(layers.DoubleStreamBlock, img, length + img.shape[1], vec, pe, transformer_options, others):
             options = transformer_options or {}
             return super().forward(img, txt, vec, pe, attn_mask, transformer_options=options, **others)
-        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = self.img_mod(vec), self.txt_mod(vec)
+        img_mod1, img_mod2 = self.modulations(self.img_mod, vec)
+        txt_mod1, txt_mod2 = self.modulations(self.txt_mod, vec)
         qkv = [
             part.qkv(ops.norm_modulate(x, mod.scale, mod.shift, norm.eps))
             for part, x, mod, norm in (
@@ -151,7 +161,7 @@ class FusedSingleStreamBlock(layers.SingleStreamBlock):
         """As the host's: (B, L, C)."""
         if not _is_plain(layers.SingleStreamBlock, x, x.shape[1], vec, pe, transformer_options, others):
             return super().forward(x, vec, pe, attn_mask, transformer_options=transformer_options or {}, **others)
-        mod, _ = self.modulation(vec)
+        mod, _ = self.modulations(self.modulation, vec)
         y = self.linear1(ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps))
         qkv, mlp = y.split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
         attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)

@@ -423,26 +423,31 @@ INT8_TILES = (replace(MEDIUM, stages=3), SMALL)
 
 @dataclass(frozen=True)
 class GemvAwqBuild:
-    """One build of ``csrc/gemv_awq.cu``; a warp has ``stages`` tiles of 16 outputs and four groups at once."""
+    """One build of ``csrc/gemv_awq.cu``; a warp has ``stages`` tiles of 16 outputs and four groups at once.
+
+    ``layers`` is how many layers of one input a launch may have.
+    """
 
     bf16: bool
+    layers: int
     stages: int
     most_shared: int
 
     source = "gemv_awq.cu"
     entry = "svdq_gemv_awq"
     rows, groups, most_m = 16, 4, 8  # outputs of a tile, groups of a stage, rows of x
+    note = rows * 2 + 16  # bytes
+    most_layers = 96  # whose pointers fill the 4 kB that a kernel's arguments may have
     most_warps = 12
     threads = most_warps * 32
 
-    @property
-    def warp_bytes(self) -> int:
-        """Shared memory of a warp's stages: codes, scales and zeros."""
-        return self.stages * self.rows * self.groups * (GROUP // 2 + 4)
+    def stage_bytes(self, warps: int) -> int:
+        """Shared memory of the warps' stages: codes, scales and zeros."""
+        return warps * self.stages * self.rows * self.groups * (GROUP // 2 + 4)
 
     def tile_bytes(self, m: int, warps: int) -> int:
-        """Shared memory that a tile of outputs takes: its bias, and what the warps add up for m rows."""
-        return self.rows * (2 + 4 * m * warps)
+        """Shared memory that a tile of outputs takes: two notes, and what the warps add up for m rows."""
+        return 2 * self.note + self.rows * 4 * m * warps
 
     def shared_bytes(self) -> int:
         """The most dynamic shared memory that a launch asks for."""
@@ -450,22 +455,30 @@ class GemvAwqBuild:
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
-        return {"SVDQ_BF16": int(self.bf16), "SVDQ_WARPS": self.most_warps, "SVDQ_STAGES": self.stages}
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_LAYERS": self.layers,
+            "SVDQ_WARPS": self.most_warps,
+            "SVDQ_STAGES": self.stages,
+        }
 
 
-def gemv_awq_build(capability: int, bf16: bool) -> GemvAwqBuild:
-    """The build for a card. sm_75 copies at once, so a second stage would be of no use to it."""
+def gemv_awq_build(capability: int, layers: int, bf16: bool) -> GemvAwqBuild:
+    """The build for a card, and for one layer or several. sm_75 copies at once: a second stage would be of no use."""
+    most = 1 if layers == 1 else GemvAwqBuild.most_layers
     if capability < 80:
-        return GemvAwqBuild(bf16, 1, 64 * 1024)
-    return GemvAwqBuild(bf16, 2, (163 if capability in (80, 90, 100, 103) else 99) * 1024)
+        return GemvAwqBuild(bf16, most, 1, 64 * 1024)
+    most_shared = {80: 163, 90: 227, 100: 227, 103: 227}.get(capability, 99) * 1024
+    return GemvAwqBuild(bf16, most, 2, most_shared)
 
 
 class GemvLaunch(NamedTuple):
     """How the W4A16 kernel is launched.
 
     Attributes:
-        rounds: how often the warps go through a block's tiles, until they have gone through K.
+        rounds: how often the warps go through a batch of a block's tiles, until they have gone through K.
         tiles: of a block; the ``longer`` first ones have one more.
+        batch: tiles whose sums shared memory has room for.
         shared: bytes.
     """
 
@@ -475,26 +488,26 @@ class GemvLaunch(NamedTuple):
     rounds: int
     tiles: int
     longer: int
+    batch: int
     shared: int
 
 
 @lru_cache(maxsize=4096)
-def gemv_awq_launch(capability: int, multiprocessors: int, m: int, n: int, k: int, bf16: bool) -> GemvLaunch:
-    """The build for m rows, n outputs and k columns, and the shape of its launch.
+def gemv_awq_launch(
+    capability: int, multiprocessors: int, m: int, outputs: tuple[int, ...], k: int, bf16: bool
+) -> GemvLaunch:
+    """The build for m rows, k columns and layers of so many outputs, and the shape of its launch.
 
-    A block's warps share K evenly, and the blocks the tiles of outputs: as many blocks as fill the card with
-    warps, or as fill it several times, where a block has no room for so many tiles' sums.
+    A block's warps share K evenly, and as many blocks as fill the card with warps share the tiles of outputs.
     """
-    build = gemv_awq_build(capability, bf16)
-    steps, tiles = _ceil(k, GROUP * build.groups), _ceil(n, build.rows)
+    build = gemv_awq_build(capability, len(outputs), bf16)
+    steps, tiles = _ceil(k, GROUP * build.groups), sum(_ceil(n, build.rows) for n in outputs)
     rounds = _ceil(steps, build.most_warps)
     warps = _ceil(steps, rounds)
-    stages, tile = warps * build.warp_bytes, build.tile_bytes(m, warps)
-    filling = multiprocessors * (build.most_warps // warps)
-    room = filling * ((build.most_shared - stages) // tile)
-    blocks = min(tiles, filling * _ceil(tiles, room))
-    shared = stages + _ceil(tiles, blocks) * tile
-    return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), shared)
+    stages, tile = build.stage_bytes(warps), build.tile_bytes(m, warps)
+    blocks = min(tiles, multiprocessors * (build.most_warps // warps))
+    batch = min(_ceil(tiles, blocks), (build.most_shared - stages) // tile)
+    return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), batch, stages + batch * tile)
 
 
 @dataclass(frozen=True)
@@ -1007,7 +1020,9 @@ def all_builds(capability: int) -> list[Build]:
     ]
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
-    builds += [build for bf16 in (True, False) for build in (gemv_awq_build(capability, bf16), StatisticsBuild(bf16))]
+    for bf16 in (True, False):
+        builds += [gemv_awq_build(capability, layers, bf16) for layers in (1, GemvAwqBuild.most_layers)]
+        builds.append(StatisticsBuild(bf16))
     builds += [build for bf16 in (True, False) for build in block_builds(bf16)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]

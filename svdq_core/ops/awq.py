@@ -1,7 +1,9 @@
-"""``svdq::linear_awq_w4a16``, a layer with asymmetric 4-bit weights and 16-bit activations.
+"""``svdq::linear_awq_w4a16``, a layer with asymmetric 4-bit weights and 16-bit activations, and several of one input.
 
 For a model's modulation layers, whose input is one row per image: reading the weight is all the work.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +12,10 @@ from ..numerics import awq, int4
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
     "linear_awq_w4a16(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_zero, Tensor? bias) -> Tensor"
+)
+_library.define(
+    "linears_awq_w4a16("
+    "Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor[] weight_zero, Tensor?[] bias) -> Tensor"
 )
 
 
@@ -46,3 +52,35 @@ def _linear_awq_w4a16_reference(x, weight, weight_scale, weight_zero, bias):
 @torch.library.register_fake("svdq::linear_awq_w4a16")
 def _linear_awq_w4a16_fake(x, weight, weight_scale, weight_zero, bias):
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def linears_awq_w4a16(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    weight_zero: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """:func:`linear_awq_w4a16` of layers that have one input, in one launch.
+
+    Args:
+        x: (M, K).
+        weight, weight_scale, weight_zero, bias: those of each layer; N may differ.
+
+    Returns:
+        (M, N) of each, parts of one tensor.
+    """
+    together = torch.ops.svdq.linears_awq_w4a16(x, weight, weight_scale, weight_zero, bias)
+    rows, outputs = x.shape[0], [each.shape[0] for each in weight]
+    return [part.view(rows, n) for part, n in zip(together.split([rows * n for n in outputs]), outputs, strict=True)]
+
+
+@torch.library.impl(_library, "linears_awq_w4a16", "CompositeExplicitAutograd")
+def _linears_awq_w4a16_reference(x, weight, weight_scale, weight_zero, bias):
+    layers = zip(weight, weight_scale, weight_zero, bias, strict=True)
+    return torch.cat([x.new_empty(0), *(_linear_awq_w4a16_reference(x, *layer).flatten() for layer in layers)])
+
+
+@torch.library.register_fake("svdq::linears_awq_w4a16")
+def _linears_awq_w4a16_fake(x, weight, weight_scale, weight_zero, bias):
+    return x.new_empty(x.shape[0] * sum(each.shape[0] for each in weight))

@@ -120,9 +120,11 @@ def linear_as_int8_now(x: torch.Tensor, operands: tuple[torch.Tensor | None, ...
 
 
 def _linear_awq(_launch, *operands) -> torch.Tensor:
-    from ..kernels import awq as kernels
+    return _kernels("awq").linear(*operands)
 
-    return kernels.linear(*operands)
+
+def _linears_awq(_launch, *operands) -> torch.Tensor:
+    return _kernels("awq").linears(*operands)
 
 
 def _linear_nvfp4(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *operands) -> torch.Tensor:
@@ -176,6 +178,7 @@ _OPERATORS = {
     "linear_int8": _Operator(int8._linear_int8_reference, _linear_int8, 0),
     "linear_as_int8": _Operator(as_int8._linear_as_int8_reference, _linear_as_int8, 0),
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
+    "linears_awq_w4a16": _Operator(awq._linears_awq_w4a16_reference, _linears_awq, 0),
     "linear_nvfp4": _Operator(nvfp4._linear_nvfp4_reference, _linear_nvfp4, 0),
     "feed_forward_nvfp4": _Operator(nvfp4._feed_forward_nvfp4_reference, _feed_forward_nvfp4, 0),
     "norm_modulate": _BlockOperator(block._norm_modulate_reference, _norm_modulate),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdq_core.formats.comfy_quant import LayerSpec
-from svdq_core.layers import Adapter, SVDQLinear
+from svdq_core.layers import Adapter, SVDQLinear, evaluate_together
 from svdq_core.numerics import int4
 from svdq_core.quantizer.recipes import Recipe, quantize_layer
 
@@ -148,3 +148,23 @@ def test_a_layer_without_bias_works(unsigned):
     x = torch.nn.functional.gelu(torch.randn(64, 128))
     exact = x @ layer.dequantized_weight().t()
     assert torch.linalg.norm(layer(x) - exact) < 0.15 * torch.linalg.norm(exact)
+
+
+def make_awq_layer(n, k=128, seed=0, bias=True):
+    random = torch.Generator().manual_seed(seed)
+    spec = LayerSpec(f"layer{seed}", "awq_w4a16", n, k, 0, bias, torch.bfloat16)
+    weight = torch.randn((n, k), generator=random)
+    bias_values = torch.randn(n, generator=random) if bias else None
+    return SVDQLinear(spec, quantize_layer(spec, weight, bias_values, None, Recipe()).tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_of_one_input_give_what_each_gives(dtype):
+    layers = [make_awq_layer(96), make_awq_layer(32, seed=1, bias=False), make_awq_layer(64, seed=2)]
+    layers[0].set_adapter("a", make_adapter())
+    layers[2].set_adapter("a", make_adapter(n=64, delta=True))
+    x = torch.randn(3, 128, dtype=dtype)
+    together = evaluate_together(layers, x)
+    assert [y.shape for y in together] == [(3, 96), (3, 32), (3, 64)]
+    for y, layer in zip(together, layers, strict=True):
+        assert torch.equal(y, layer(x))

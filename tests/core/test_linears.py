@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdq_core.numerics import awq, int4, int8, nf4, nvfp4
-from svdq_core.ops.awq import linear_awq_w4a16
+from svdq_core.ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from svdq_core.ops.int8 import linear_int8
 from svdq_core.ops.nf4 import linear_nf4
 from svdq_core.ops.nvfp4 import linear_nvfp4
@@ -109,3 +109,27 @@ def test_operators_satisfy_torch(make):
     torch.library.opcheck(getattr(torch.ops.svdq, operator.__name__), arguments, test_utils=checks)
     compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*arguments), operator(*arguments))
+
+
+def several_awq(dtype=torch.float32):
+    """x, and the operands of three layers, by kind."""
+    x, *first = awq_case(Case(5, 0, dtype, True))[1]
+    others = [awq_case(Case(5, 0, dtype, bias, seed))[1][1:] for seed, bias in ((1, False), (2, True))]
+    return x, *map(list, zip(first, *others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_one_input_are_what_each_is(dtype):
+    x, *operands = several_awq(dtype)
+    found = linears_awq_w4a16(x, *operands)
+    assert len(found) == 3
+    for y, *layer in zip(found, *operands, strict=True):
+        assert torch.equal(y, linear_awq_w4a16(x, *layer))
+    assert linears_awq_w4a16(x, [], [], [], []) == []
+
+
+def test_the_operator_of_several_layers_satisfies_torch():
+    arguments = several_awq()
+    torch.library.opcheck(torch.ops.svdq.linears_awq_w4a16, arguments)
+    compiled = torch.compile(linears_awq_w4a16, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(*arguments), linears_awq_w4a16(*arguments)))

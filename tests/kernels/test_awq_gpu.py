@@ -11,7 +11,7 @@ import torch
 from svdq_core.kernels import awq as kernels
 from svdq_core.kernels import launch
 from svdq_core.numerics import int4
-from svdq_core.ops.awq import linear_awq_w4a16
+from svdq_core.ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from svdq_core.ops.cuda import register
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,6 +70,66 @@ def test_layer(m: int, k: int, n: int, dtype: torch.dtype) -> None:
     assert torch.equal(first, second), "the same bits every time"
     o["bias"] = None
     assert error(linear_awq_w4a16(**o), exact(o)) < TOLERANCE[dtype]
+
+
+def several(m: int, k: int, outputs: list[int], dtype: torch.dtype) -> list[dict]:
+    """Operands of layers that have one input; every third has no bias."""
+    layers = [operands(m, k, n, dtype) for n in outputs]
+    return [o | {"x": layers[0]["x"], "bias": o["bias"] if i % 3 else None} for i, o in enumerate(layers)]
+
+
+def together(layers: list[dict]) -> list[torch.Tensor]:
+    names = ("weight", "weight_scale", "weight_zero", "bias")
+    return linears_awq_w4a16(layers[0]["x"], *([o[name] for o in layers] for name in names))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [24],
+        [16, 16, 24, 8 * 301, 16, 9216],
+        [200] * 100,  # more than a launch takes
+        [18432, 9216, 18432] * 3,  # more tiles than a block has room for at once
+        [64, 20, 8, 256],  # some that the kernel does not take
+        [],
+    ],
+    ids=len,
+)
+@pytest.mark.parametrize(("m", "k"), [(1, 3072), (8, 320), (8, 6208), (11, 192), (0, 64)])
+def test_layers_of_one_input(m: int, k: int, outputs: list[int], dtype: torch.dtype) -> None:
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    layers = [o | {"x": x} for o in several(m, k, outputs, dtype)]
+    torch.full((m * sum(outputs),), float("nan"), dtype=dtype, device="cuda")
+    names = ("weight", "weight_scale", "weight_zero", "bias")
+    found, again = (linears_awq_w4a16(x, *([o[name] for o in layers] for name in names)) for _ in range(2))
+    assert len(found) == len(outputs)
+    for o, y, same in zip(layers, found, again, strict=True):
+        assert y.shape == (m, len(o["weight"])) and y.dtype == dtype
+        assert torch.equal(y, same), "the same bits every time"
+        assert torch.isfinite(y).all()
+        assert (y.double() - exact(o)).norm() <= TOLERANCE[dtype] * exact(o).norm()
+
+
+def test_layers_of_one_input_in_a_graph() -> None:
+    """The pointers of all layers are part of the launch: nothing outside of the graph is read for them."""
+    layers = several(1, 3072, [9216, 64, 18432], torch.bfloat16)
+    eager = together(layers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = together(layers)
+    for y in captured:
+        y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
+def test_a_bad_operand_of_one_of_several_layers() -> None:
+    layers = several(1, 256, [64, 128], torch.float16)
+    layers[1]["weight_scale"] = layers[1]["weight_scale"].float()
+    with pytest.raises(launch.KernelInputError, match="weight_scale is torch"):
+        together(layers)
 
 
 def test_many_rows_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

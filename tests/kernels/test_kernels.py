@@ -78,7 +78,8 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     """No toolkit header is passed, so none is needed; no register lives in local memory."""
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
-    builds += [replace(quantizer(capability), prologue=plan.ROTATE), plan.gemv_awq_build(capability, bf16)]
+    builds += [plan.gemv_awq_build(capability, layers, bf16) for layers in (1, 2)]
+    builds.append(replace(quantizer(capability), prologue=plan.ROTATE))
     builds.append(plan.StatisticsBuild(bf16))
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     found = spills(builds, capability, folder)
@@ -162,20 +163,21 @@ def test_int8_main_loop_is_lean(capability: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_awq_tile_is_lean(capability: int, bf16: bool, folder: Path) -> None:
-    """A warp's tile: a product for each word of a lane's codes, and 18 instructions around it; x stays in registers."""
-    code = list(disassembled(plan.gemv_awq_build(capability, bf16), capability, folder))
+@pytest.mark.parametrize(("layers", "around"), [(1, 22), (2, 24)])
+def test_awq_tile_is_lean(layers: int, around: int, capability: int, bf16: bool, folder: Path) -> None:
+    """A warp's tile: a product for each word of a lane's codes, and so many around it; x stays in registers."""
+    code = list(disassembled(plan.gemv_awq_build(capability, layers, bf16), capability, folder))
     tile = next(body for body in sass.loops(code) if sass.mix(body)["HMMA"])
     mix = sass.mix(tile)
     assert mix["HMMA"] == 16
-    assert len(tile) <= 19 * mix["HMMA"]
+    assert len(tile) <= around * mix["HMMA"]
     assert not {"LDG", "PRMT", "SHFL", "F2F", "F2FP", "I2F", "BAR"} & set(mix)
     assert all(i.opcode.endswith(".128") for i in tile if i.opcode.startswith("LDGSTS"))
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_awq_reads_x_before_the_weight(capability: int, folder: Path) -> None:
-    code = disassembled(plan.gemv_awq_build(capability, True), capability, folder)
+    code = disassembled(plan.gemv_awq_build(capability, 1, True), capability, folder)
     names = [i.opcode for i in code if i.opcode.startswith(("LDG.", "LDGSTS"))]
     assert all(name == "LDG.E.128" for name in names[:8])
     assert all(name.startswith("LDGSTS") for name in names[8:16])
@@ -184,20 +186,18 @@ def test_awq_reads_x_before_the_weight(capability: int, folder: Path) -> None:
 @pytest.mark.parametrize("capability", plan.ARCHITECTURES)
 @pytest.mark.parametrize("m", [1, 8])
 def test_awq_plan_covers_every_shape(capability: int, m: int) -> None:
-    """Every tile has a block and all of K has a warp, within shared memory."""
-    for multiprocessors, n, k in itertools.product(
-        (28, 132), (16, 24, 200, 9216, 18432, 200_000), (64, 192, 3072, 6208)
-    ):
-        build, blocks, warps, rounds, tiles, longer, shared = plan.gemv_awq_launch(
-            capability, multiprocessors, m, n, k, capability >= 80
-        )
-        assert build in plan.all_builds(capability)
-        assert blocks * tiles + longer == -(-n // build.rows)
-        assert tiles >= 1 and longer < blocks
-        assert (rounds - 1) * warps * build.groups * 64 < k <= rounds * warps * build.groups * 64
-        assert warps <= build.most_warps
-        longest = tiles + (longer > 0)
-        assert shared == warps * build.warp_bytes + longest * build.tile_bytes(m, warps) <= build.shared_bytes()
+    """Every tile has a block, its sums have room, and all of K has a warp."""
+    outputs = [(n,) for n in (16, 24, 200, 9216, 18432, 200_000)] + [(24, 200, 9216), (18432,) * 38 + (9216,) * 38]
+    for multiprocessors, sizes, k in itertools.product((28, 132), outputs, (64, 192, 3072, 6208)):
+        launch = plan.gemv_awq_launch(capability, multiprocessors, m, sizes, k, capability >= 80)
+        build, warps = launch.build, launch.warps
+        assert build in plan.all_builds(capability) and build.layers >= len(sizes)
+        assert launch.blocks * launch.tiles + launch.longer == sum(-(-n // build.rows) for n in sizes)
+        assert launch.tiles >= 1 and launch.longer < launch.blocks
+        assert (launch.rounds - 1) * warps * build.groups * 64 < k <= launch.rounds * warps * build.groups * 64
+        assert warps <= build.most_warps and launch.batch >= 1
+        assert launch.shared == build.stage_bytes(warps) + launch.batch * build.tile_bytes(m, warps)
+        assert launch.shared <= build.shared_bytes()
         assert build.shared_bytes() <= {75: 64, 80: 163, 90: 227, 100: 227}.get(capability, 99) * 1024
 
 
