@@ -3,6 +3,7 @@
 //     r = x / smooth_factor                                                 SVDQ_ROTATE = 0
 //     r = rotation, in groups of 64, of x * inverse                         SVDQ_ROTATE = 1
 //         (both roundings to x's type)
+//     the same of [x, GELU(y)], which is rounded, too                       SVDQ_GELU = 1
 //     qact[m, k] = round(r[m, k] / act_scale[m]),   act_scale[m] = largest |r| of the row / 127
 //
 // The first half of a layer of 8 bits; gemm_ungrouped.cu is the second. Rotated, it is that of a
@@ -44,13 +45,14 @@
 #ifndef SVDQ_CLUSTER  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_CLUSTER 4
 #    define SVDQ_ROTATE 0
+#    define SVDQ_GELU 0
 #    define SVDQ_RANK_TILES 4
 #endif
 
 namespace {
 
 constexpr u32 kCluster = SVDQ_CLUSTER, kMostThreads = 896;
-constexpr bool kRotate = SVDQ_ROTATE;
+constexpr bool kRotate = SVDQ_ROTATE, kGelu = SVDQ_GELU;
 constexpr u32 kRows = 16, kGroupBytes = kRows * 128;
 constexpr float kLargestCode = 127.f;
 
@@ -60,10 +62,12 @@ constexpr u32 kShares = 2;  // of a block's columns, each its own warps' for the
 constexpr u32 kBranchWarps = RT / 2 * kShares, kRankBytes = RT * 16;
 constexpr u32 kOwnRows = kRows / kCluster;  // that a block adds up for the branch
 static_assert(!(kRotate && RT), "r is put in x's place, which the branch would read");
+static_assert(kRotate || !kGelu);
 static_assert(kCluster > 1 || RT == 0, "sums are sent to other blocks");
 
 struct Arguments {
-    TensorMap x;          // (K / 64, M, 64), boxes of some groups and 16 rows
+    TensorMap x;          // (groups, M, 64), boxes of some groups and 16 rows
+    TensorMap y;          // likewise, the groups behind those of x
     TensorMap proj_down;  // (K, rank), boxes of some groups and all ranks
     const u16* factor;    // (K,): smooth_factor, or 1 / smooth_factor if rotated
     u8* qact;             // (M, K)
@@ -74,6 +78,7 @@ struct Arguments {
     int block_boxes;        // of a block's part of the columns
     int box_shift;          // a box has 1 << box_shift groups
     int ring_boxes, warps;  // of the ring; that compute
+    int x_groups;           // a multiple of a box's; kGelu
 };
 
 struct Shared {
@@ -173,12 +178,28 @@ SVDQ_DEVICE void load(Pairs& pair, u32 rows, u32 g, u32 q) {
     }
 }
 
+// GELU (tanh form). The hardware's tanh is off by up to 2^-11, which is a fraction of a code's step
+// however few codes a row's values reach; it is one special-function instruction, where others
+// take two, and those decide here.
+SVDQ_DEVICE float gelu(float x) {
+    constexpr float kScale = 0.7978845608028654f;
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * fmaf(0.044715f * kScale, x * x, kScale)));
+    return fmaf(0.5f * x, t, 0.5f * x);
+}
+
 // A lane's share of 16 rows of a group, smoothed and rotated, over 8. Returns false where that
 // overflows, in which case smoothed values need to be clamped.
 SVDQ_DEVICE bool rotated(Pairs& pair, u32 rows, const u16* inverse, u32 g, u32 q,
-                         const Signs& signs, bool clamp) {
+                         const Signs& signs, bool clamp, bool of_gelu) {
     Pairs smoothed;
     load(smoothed, rows, g, q);
+    if (kGelu && of_gelu)
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            u32& x = smoothed[i / 8][i % 8];
+            x = T::pack(gelu(T::low(x)), gelu(T::high(x)));
+        }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const uint4 v = ((const uint4*)inverse)[i];
@@ -259,7 +280,8 @@ struct Computing {
             if constexpr (kRotate) {
                 const u16* inverse = p.factor + (first + i) * kGroup + 16 * q;
                 bool clamp = false;
-                while (!rotated(pair, at, inverse, g, q, signs, clamp) && !clamp)
+                const bool of_gelu = kGelu && (int)(first + i) >= p.x_groups;
+                while (!rotated(pair, at, inverse, g, q, signs, clamp, of_gelu) && !clamp)
                     clamp = true;
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) {
@@ -429,7 +451,10 @@ SVDQ_DEVICE void copy(const Arguments& p, const Shared& shared, u32 first, u32 b
             const u32 box = rows.place(i, round), full = shared.full(box);
             barrier_wait(shared.empty(box), round ^ 1);
             barrier_expect(full, shared.box_bytes);
-            tensor_load_3d(shared.box(box), p.x, 0, rows.first(), first + (i << p.box_shift), full);
+            const int group = first + (i << p.box_shift), beyond = group - p.x_groups;
+            const bool of_gelu = kGelu && beyond >= 0;
+            tensor_load_3d(shared.box(box), of_gelu ? p.y : p.x, 0, rows.first(),
+                           of_gelu ? beyond : group, full);
         }
         if (RT && rows.tile == blockIdx.x / kCluster) {  // behind the first rows
             const u32 columns = kGroup << min(p.box_shift, 2), all = shared.groups * kGroup;

@@ -12,8 +12,10 @@ from .kernels import prefers_int8
 from .numerics import int4
 from .ops import as_int8
 from .ops.awq import linear_awq_w4a16, linears_awq_w4a16
-from .ops.cuda import linear_as_int8_now, release
-from .ops.int4 import linear_w4a4
+from .ops.block import gelu_concat
+from .ops.cuda import linear_as_int8_now, linear_as_int8_of_gelu_now, release
+from .ops.fused import gelu_quantize_act_int4
+from .ops.int4 import linear_int4, linear_w4a4
 from .ops.int8 import linear_int8
 from .ops.nf4 import linear_nf4
 from .ops.nvfp4 import linear_nvfp4
@@ -84,14 +86,23 @@ _LINEAR: Mapping[str, Callable[[torch.Tensor, _Tensors, LayerSpec], torch.Tensor
 FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
 
 
+def _runs_now(x: torch.Tensor) -> bool:
+    """Whether kernels for an input on a device that has them may be called directly."""
+    return x.is_cuda and type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def _as_int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
     """Of any shape."""
-    operands = tuple(map(tensors.get, as_int8.NAMES))
-    form = spec.format, spec.act_unsigned, spec.rotated
-    if x.is_cuda and type(x) is torch.Tensor and not torch.compiler.is_compiling():
+    operands, form = _of_image(tensors, spec)
+    if _runs_now(x):
         return linear_as_int8_now(x.contiguous(), operands, form)
     rows = x.reshape(-1, spec.in_features).contiguous()
     return as_int8.linear_as_int8(rows, *operands, *form).reshape(*x.shape[:-1], spec.out_features)
+
+
+def _of_image(tensors: _Tensors, spec: LayerSpec) -> tuple[tuple[torch.Tensor | None, ...], tuple]:
+    """What ``linear_as_int8`` is told of a layer."""
+    return tuple(map(tensors.get, as_int8.NAMES)), (spec.format, spec.act_unsigned, spec.rotated)
 
 
 class SVDQLinear(torch.nn.Module):
@@ -136,6 +147,39 @@ class SVDQLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) floating point -> (..., N) in the same type."""
         return self._evaluate(x, self.active_tensors())
+
+    def of_gelu(self, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        """``forward([x, GELU(y)])``, of which the input is not written where what quantizes it takes both.
+
+        Args:
+            x: (B, L, K - C), or None where y has all columns.
+            y: (B, L, C).
+
+        Returns:
+            (B, L, N).
+        """
+        tensors = self.active_tensors()
+        found = None
+        if tensors["delta"] is None and y.dtype == self.spec.dtype:
+            if self._runs_as_int8(y, tensors):
+                found = linear_as_int8_of_gelu_now(x, y, *_of_image(tensors, self.spec)) if _runs_now(y) else None
+            elif x is None and self._quantizes_gelu(y.device):
+                names = ("weight", "weight_scale", "proj_up", "bias")
+                rows = y.reshape(-1, self.in_features).contiguous()
+                quantized = gelu_quantize_act_int4(rows, tensors["smooth_factor"], tensors["proj_down"], True)
+                found = linear_int4(*quantized, *(tensors[name] for name in names), True)
+                found = found.reshape(*y.shape[:-1], self.out_features)
+        if found is not None:
+            return found
+        return self(gelu_concat(y[..., :0] if x is None else x, y))
+
+    def _quantizes_gelu(self, device: torch.device) -> bool:
+        """Whether the quantizer can begin with a GELU: that of 4-bit kernels, which an H100 has others for."""
+        return (
+            self.spec.format == comfy_quant.SVDQUANT_W4A4
+            and self.act_unsigned
+            and not prefers_int8(device, self.out_features, self.in_features)
+        )
 
     def active_tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors the next call computes with, adapters included.

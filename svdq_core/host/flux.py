@@ -15,6 +15,7 @@ from comfy.ldm.flux.math import attention
 
 from ..ops import block as ops
 from .modulations import Modulations
+from .operations import QuantizedLinear
 
 _INSIDE = ("attn1_patch", "attn1_output_patch")  # patches that newer hosts apply inside of a block
 
@@ -91,6 +92,20 @@ def _seen_epsilon(dtype: torch.dtype) -> float:
     return (small / normed) ** 2 - small**2
 
 
+def _after_gelu(layer: torch.nn.Module, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    """``layer([x, GELU(y)])``."""
+    if type(layer) is QuantizedLinear:
+        return layer.of_gelu(x, y)
+    return layer(torch.nn.functional.gelu(y, approximate="tanh") if x is None else ops.gelu_concat(x, y))
+
+
+def _feed_forward(mlp: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """The host's, of two layers with a GELU between."""
+    if any(hooks for part in (mlp, mlp[1]) for hooks in (part._forward_hooks, part._forward_pre_hooks)):
+        return mlp(x)
+    return _after_gelu(mlp[2], None, mlp[0](x))
+
+
 def _attend(
     qkv: list[torch.Tensor], norms: list[layers.QKNorm], heads: int, pe: torch.Tensor, mask, transformer_options
 ) -> torch.Tensor:
@@ -140,7 +155,7 @@ class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
     def _finish(x, attn, part, mod1, mod2, norm, mlp) -> torch.Tensor:
         """One stream from its attention on."""
         x, modulated = ops.gated_norm_modulate(x, part.proj(attn), mod1.gate, mod2.scale, mod2.shift, norm.eps)
-        return ops.gated_sum(x, mlp(modulated), mod2.gate)
+        return ops.gated_sum(x, _feed_forward(mlp, modulated), mod2.gate)
 
 
 class FusedSingleStreamBlock(layers.SingleStreamBlock):
@@ -165,4 +180,4 @@ class FusedSingleStreamBlock(layers.SingleStreamBlock):
         y = self.linear1(ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps))
         qkv, mlp = y.split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
         attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)
-        return ops.gated_sum(x, self.linear2(ops.gelu_concat(attn, mlp)), mod.gate)
+        return ops.gated_sum(x, _after_gelu(self.linear2, attn, mlp), mod.gate)

@@ -63,7 +63,6 @@ def _is_plain(module: layers.Modulation, vec: torch.Tensor) -> bool:
         and type(layer) is QuantizedLinear
         and layer.spec.format == AWQ_W4A16
         and layer.in_features == vec.shape[-1]
-        and layer.weight.device == vec.device
-        and not (layer.weight_function or layer.bias_function)
-        and not any(hooks for each in (module, layer) for hooks in (each._forward_hooks, each._forward_pre_hooks))
+        and layer.is_plain_on(vec.device)
+        and not (module._forward_hooks or module._forward_pre_hooks)
     )

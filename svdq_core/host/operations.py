@@ -5,6 +5,7 @@ import comfy.ops
 import torch
 
 from ..layers import SVDQLinear
+from ..ops.block import gelu_concat
 from ..ops.cuda import release
 
 
@@ -60,6 +61,18 @@ class QuantizedLinear(SVDQLinear, comfy.ops.CastWeightBiasOp):
         if self.weight_function:
             return self._forward_wrapped(x, tensors["bias"])
         return self._evaluate(x, tensors)
+
+    def of_gelu(self, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        """As ``SVDQLinear``'s, where nobody else has a part in what this layer does."""
+        if not self.is_plain_on(y.device):
+            return self(gelu_concat(y[..., :0] if x is None else x, y))
+        comfy.ops.run_every_op()
+        return super().of_gelu(x, y)
+
+    def is_plain_on(self, device: torch.device) -> bool:
+        """Whether a call does nothing but evaluate the layer on its own tensors, which are on that device."""
+        hooks = self._forward_hooks, self._forward_pre_hooks
+        return self.weight.device == device and not any((self.weight_function, self.bias_function, *hooks))
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_) -> torch.Tensor:
         """The host's hook to read a weight: (N, K) float32, e.g. to merge it into another model.

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from . import plan
-from .launch import Kernel, kernel_of, on, starts_early
+from .launch import Kernel, evenly_spaced, kernel_of, on, starts_early, whole
 
 _MODULATE = struct.Struct("7P5if")
 _NORM_ROPE = struct.Struct("7P7if")
@@ -30,13 +30,13 @@ def modulate(
         normed: scale and shift (B, 1, C), and epsilon.
     """
     batch, length, columns = x.shape
-    if columns % 8 or columns > plan.ModulateBuild.most_columns or not _whole(x) or x.numel() >= 2**31:
+    if columns % 8 or columns > plan.ModulateBuild.most_columns or not whole(x) or x.numel() >= 2**31:
         return None
     y_pointer = gate_pointer = scale_pointer = shift_pointer = gate_stride = norm_stride = 0
     epsilon = 0.0
     if gated is not None:
         y, gate = gated
-        if y.shape != x.shape or not _whole(y, x) or not _rows(gate, x):
+        if y.shape != x.shape or not whole(y, x) or not _rows(gate, x):
             return None
         y_pointer, gate_pointer, gate_stride = y.data_ptr(), gate.data_ptr(), gate.stride(0)
     if normed is not None:
@@ -90,10 +90,10 @@ def norm_rope(
         or width != 3 * heads * head
         or rope.dtype != torch.float32
         or rope.shape not in shapes
-        or not _whole(rope)
+        or not whole(rope)
         or batch >= 2**16
-        or not all(_tokens(x, first) and x.shape[::2] == (batch, width) for x in qkv)
-        or not all(w.shape == (head,) and _whole(w, first) for w in (*norm_q, *norm_k))
+        or not all(evenly_spaced(x, first) and x.shape[::2] == (batch, width) for x in qkv)
+        or not all(w.shape == (head,) and whole(w, first) for w in (*norm_q, *norm_k))
     ):
         return None
     q, k, v = (first.new_empty((batch, tokens, heads, head)).transpose(1, 2) for _ in range(3))
@@ -131,7 +131,7 @@ def norm_rope(
 def gelu_concat(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """``ops.block.gelu_concat``."""
     batch, length, columns = a.shape
-    if b.shape[:2] != a.shape[:2] or columns % 8 or b.shape[2] % 8 or not _whole(a) or not _tokens(b, a):
+    if b.shape[:2] != a.shape[:2] or columns % 8 or b.shape[2] % 8 or not whole(a) or not evenly_spaced(b, a):
         return None
     out = a.new_empty((batch, length, columns + b.shape[2]))
     if out.numel():
@@ -155,16 +155,6 @@ def _kernel(index: int, build: plan.Build, grid: tuple[int, int, int]) -> Kernel
     return kernel_of(index, build, grid, 0)._replace(early=starts_early(index))
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
-
-
-def _whole(tensor: torch.Tensor, like: torch.Tensor | None = None) -> bool:
-    if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
-        return False
-    return tensor.is_contiguous() and _aligned(tensor)
-
-
 def _rows(tensor: torch.Tensor, like: torch.Tensor) -> bool:
     """Whether it has a row for each image, of which the kernel reads 16 bytes at a time."""
     return (
@@ -173,17 +163,5 @@ def _rows(tensor: torch.Tensor, like: torch.Tensor) -> bool:
         and tensor.device == like.device
         and tensor.stride(2) == 1
         and tensor.stride(0) % 8 == 0
-        and _aligned(tensor)
-    )
-
-
-def _tokens(tensor: torch.Tensor, like: torch.Tensor) -> bool:
-    """Whether tokens of all images are equally far apart, each whole and aligned."""
-    return (
-        tensor.dtype == like.dtype
-        and tensor.device == like.device
-        and tensor.stride(2) == 1
-        and tensor.stride(1) % 8 == 0
-        and (tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1))
-        and _aligned(tensor)
+        and tensor.data_ptr() % 16 == 0
     )

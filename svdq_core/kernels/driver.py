@@ -183,13 +183,16 @@ def tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int, box_bytes
 
 
 @lru_cache(maxsize=16384)
-def grouped_tensor_map(pointer: int, rows: int, row_bytes: int, box_rows: int, box_groups: int) -> bytes:
+def grouped_tensor_map(
+    pointer: int, rows: int, row_bytes: int, box_rows: int, box_groups: int, stride: int = 0
+) -> bytes:
     """The same of a matrix taken as groups of 128 bytes along its rows: (groups, rows, 128 bytes), swizzled.
 
-    A box has its groups one after another, each with all of the box's rows.
+    A box has its groups one after another, each with all of the box's rows. Rows are ``stride`` bytes apart, if they
+    do not follow one another.
     """
-    sizes = (_GROUP_BYTES, rows, -(-row_bytes // _GROUP_BYTES))
-    return _encoded(pointer, sizes, (row_bytes, _GROUP_BYTES), (_GROUP_BYTES, box_rows, box_groups), _SWIZZLES[128])
+    sizes, strides = (_GROUP_BYTES, rows, -(-row_bytes // _GROUP_BYTES)), (stride or row_bytes, _GROUP_BYTES)
+    return _encoded(pointer, sizes, strides, (_GROUP_BYTES, box_rows, box_groups), _SWIZZLES[128])
 
 
 def _encoded(

@@ -110,6 +110,25 @@ def expect(operator: str, name: str, tensor: torch.Tensor, like: torch.Tensor, s
         raise KernelInputError(f"svdq::{operator}: {name} does not start on a 16-byte boundary; clone it")
 
 
+def whole(tensor: torch.Tensor, like: torch.Tensor | None = None) -> bool:
+    """Whether a tensor is contiguous and aligned; and of the same type and device as another."""
+    if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
+        return False
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def evenly_spaced(tensor: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether tokens (B, L, C) of all images are equally far apart, each whole and aligned; of that type and device."""
+    return (
+        tensor.dtype == like.dtype
+        and tensor.device == like.device
+        and tensor.stride(2) == 1
+        and tensor.stride(1) % 8 == 0
+        and (tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1))
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
 def _check_width(operator: str, k: int) -> None:
     if k == 0 or k % plan.GROUP:
         raise KernelInputError(f"svdq::{operator}: K = {k} is not a positive multiple of {plan.GROUP}")

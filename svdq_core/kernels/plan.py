@@ -549,12 +549,14 @@ class RowsBuild:
     """One build of ``csrc/quantize_rows.cu``: a cluster of blocks has ``rows`` rows, each a part of the columns.
 
     ``rank_tiles`` are products of 8 ranks, of a low-rank branch that is not in the weight; rotated layers have none.
+    With ``gelu`` it is taken of the last columns.
     """
 
     bf16: bool
     cluster: int
     rotate: bool
     rank_tiles: int = 0
+    gelu: bool = False
 
     source = "quantize_rows.cu"
     entry = "svdq_quantize_rows"
@@ -591,6 +593,7 @@ class RowsBuild:
             "SVDQ_BF16": int(self.bf16),
             "SVDQ_CLUSTER": self.cluster,
             "SVDQ_ROTATE": int(self.rotate),
+            "SVDQ_GELU": int(self.gelu),
             "SVDQ_RANK_TILES": self.rank_tiles,
         }
 
@@ -601,7 +604,7 @@ ROWS_RANK_TILES = (0, 4, 8)
 
 def rows_builds() -> list[RowsBuild]:
     """All builds of the rows' quantizer."""
-    kinds = [(True, 0), *((False, tiles) for tiles in ROWS_RANK_TILES)]
+    kinds = [(True, 0, False), (True, 0, True), *((False, tiles, False) for tiles in ROWS_RANK_TILES)]
     builds = (RowsBuild(b, c, *kind) for b, c, kind in product((True, False), ROWS_CLUSTERS, kinds))
     return [build for build in builds if build.cluster > 1 or not build.rank_tiles]
 
@@ -627,17 +630,21 @@ class RowsLaunch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool, rotate: bool) -> RowsLaunch | None:
+def rows_launch(
+    at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool, rotate: bool, plain: int | None = None
+) -> RowsLaunch | None:
     """The build for an (m, k) input and a branch of so many ranks, and the shape of its launch; None if none fits.
 
     Args:
         at_once: how many clusters of each size of ``ROWS_CLUSTERS`` the card runs at once; a part of one may run none.
+        plain: columns of which no GELU is taken, if it is taken of the others.
     """
     rank_tiles = next((tiles for tiles in ROWS_RANK_TILES if rank <= tiles * 8), None)
     tiles, best = _ceil(m, RowsBuild.rows), None
     for build in rows_builds():
         most = at_once[ROWS_CLUSTERS.index(build.cluster)]
-        if not most or (build.bf16, build.rotate, build.rank_tiles) != (bf16, rotate, rank_tiles):
+        kind = bf16, rotate, rank_tiles, plain is not None
+        if not most or (build.bf16, build.rotate, build.rank_tiles, build.gelu) != kind:
             continue
         groups = _ceil(k // GROUP, build.cluster)
         box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
@@ -646,7 +653,7 @@ def rows_launch(at_once: tuple[int, ...], m: int, k: int, rank: int, bf16: bool,
         warps = _ceil(groups, _ceil(groups, build.most_warps))
         fixed = build.fixed_bytes(groups, warps)
         ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
-        if ring_boxes < boxes:
+        if ring_boxes < boxes or (plain or 0) % (box * GROUP):  # a box is of one kind
             continue
         clusters = min(most, tiles)
         turns = _ceil(tiles, clusters)

@@ -10,19 +10,31 @@ import torch
 
 from . import library, plan, ungrouped
 from .driver import clusters_at_once, grouped_tensor_map, tensor_map
-from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on, pad_rank
+from .launch import (
+    SIXTEEN_BIT,
+    Kernel,
+    KernelInputError,
+    card,
+    check_limits,
+    evenly_spaced,
+    expect,
+    kernel_of,
+    on,
+    pad_rank,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ..ops.as_int8 import Image
 
-_ARGUMENTS = struct.Struct("128s128s5P6i")  # aligned to 64 bytes
+_ARGUMENTS = struct.Struct("128s128s128s5P7i60x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _RANKS = 64  # columns of ``down``
 _NAME = "linear_as_int8"
 
 
 class _Launches:
-    """Of an image: its operands, checked, and for each number of rows the kernels and what they are told.
+    """Of an image: its operands, checked, and for each kind of input the kernels and what they are told.
 
     A model has hundreds of such layers, which take about as long to launch as to run where there are few rows.
     """
@@ -35,20 +47,41 @@ class _Launches:
             expect(_NAME, "bias", image.bias, image.inverse, (n,), dtype)
         self.n, self.k, self.dtype, self.index = n, k, dtype, image.inverse.get_device()
         self.inverse = image.inverse.data_ptr()
-        self.of_rows: dict[int, tuple] = {}
+        self.prepared: dict[tuple[int, int | None], tuple] = {}
 
-    def prepare(self, image: Image, m: int) -> tuple:
-        """Kernels and the constant parts of their arguments, for m rows."""
+    def prepare(self, image: Image, m: int, plain: int | None) -> tuple:
+        """Kernels and the constant parts of their arguments, for m rows; ``plain`` as for the plan."""
         check_limits(_NAME, m, self.n, self.k)
-        kernel, shape = _kernel(self.index, m, self.k, 0, self.dtype == torch.bfloat16, True)
+        kernel, shape = _kernel(self.index, m, self.k, 0, self.dtype == torch.bfloat16, True, plain)
         made = (
             kernel.launch,
             shape.box,
-            (m, self.k, shape.boxes, shape.box.bit_length() - 1, shape.ring_boxes, shape.warps),
+            (m, self.k, *_sizes(shape), (plain or 0) // plan.GROUP),
             *ungrouped.int8_launch(self.index, m, image.weight, image.weight_scale, image.bias, self.dtype),
         )
-        self.of_rows[m] = made
+        self.prepared[m, plain] = made
         return made
+
+    def start(self, prepared: tuple, x_map: bytes, y_map: bytes, out: torch.Tensor) -> None:
+        """Start both kernels, on an input of some rows."""
+        quantize_launch, _, sizes, multiply, arguments = prepared
+        m, k = sizes[:2]
+        # Codes, and behind them their scales.
+        codes = torch.empty(m * (k + 4), dtype=torch.int8, device=out.device)
+        at = codes.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        quantize_launch(stream, _ARGUMENTS.pack(x_map, y_map, _NO_MAP, self.inverse, at, at + m * k, 0, 0, *sizes))
+        multiply(stream, arguments(at, at + m * k, out.data_ptr()))
+
+
+def _launches(image: Image) -> _Launches:
+    if image.launches is None:
+        image.launches = _Launches(image)
+    return image.launches
+
+
+def _sizes(shape: plan.RowsLaunch) -> tuple[int, int, int, int]:
+    return shape.boxes, shape.box.bit_length() - 1, shape.ring_boxes, shape.warps
 
 
 def linear(x: torch.Tensor, image: Image) -> torch.Tensor:
@@ -57,38 +90,51 @@ def linear(x: torch.Tensor, image: Image) -> torch.Tensor:
     Raises:
         KernelInputError: an operand that the kernels do not take.
     """
-    launches = image.launches
-    if launches is None:
-        launches = image.launches = _Launches(image)
-    n, k, pointer = launches.n, launches.k, x.data_ptr()
+    launches = _launches(image)
+    k, pointer = launches.k, x.data_ptr()
     if x.dtype != launches.dtype or x.shape[-1] != k or pointer & 15 or not x.is_contiguous():
         _refuse(x, launches, image.inverse)
     m = x.numel() // k
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], launches.n), dtype=x.dtype, device=x.device)
     if not m:
         return out
     if x.get_device() != launches.index:
         _refuse(x, launches, image.inverse)
-    # Codes, and behind them their scales.
-    codes = torch.empty(m * (k + 4), dtype=torch.int8, device=x.device)
-    at = codes.data_ptr()
     with on(launches.index):
-        quantize_launch, box, sizes, multiply, arguments = launches.of_rows.get(m) or launches.prepare(image, m)
-        stream = torch._C._cuda_getCurrentRawStream(launches.index)
-        quantize_launch(
-            stream,
-            _ARGUMENTS.pack(
-                grouped_tensor_map(pointer, m, 2 * k, plan.RowsBuild.rows, box),
-                _NO_MAP,
-                launches.inverse,
-                at,
-                at + m * k,
-                0,
-                0,
-                *sizes,
-            ),
-        )
-        multiply(stream, arguments(at, at + m * k, out.data_ptr()))
+        prepared = launches.prepared.get((m, None)) or launches.prepare(image, m, None)
+        x_map = grouped_tensor_map(pointer, m, 2 * k, plan.RowsBuild.rows, prepared[1])
+        launches.start(prepared, x_map, _NO_MAP, out)
+    return out
+
+
+def linear_of_gelu(x: torch.Tensor | None, y: torch.Tensor, image: Image) -> torch.Tensor | None:
+    """:func:`linear` of ``[x, GELU(y)]``, which is never written; None for operands that the kernels do not take.
+
+    Args:
+        x: (B, L, K - C), or None where y has all columns.
+        y: (B, L, C), perhaps the last columns of something wider.
+    """
+    launches, index = _launches(image), y.get_device()
+    plain = 0 if x is None else x.shape[-1]
+    m = y.shape[0] * y.shape[1]
+    if (
+        m == 0
+        or index != launches.index
+        or y.dtype != launches.dtype
+        or plain + y.shape[2] != launches.k
+        or y.shape[2] % plan.GROUP
+        or not evenly_spaced(y, y)
+        or (x is not None and not (x.shape[:2] == y.shape[:2] and whole(x, y)))
+        or _launch(index, m, launches.k, 0, y.dtype == torch.bfloat16, True, plain) is None
+    ):
+        return None
+    out = torch.empty((*y.shape[:2], launches.n), dtype=y.dtype, device=y.device)
+    with on(index):
+        prepared = launches.prepared.get((m, plain)) or launches.prepare(image, m, plain)
+        box = plan.RowsBuild.rows, prepared[1]
+        x_map = grouped_tensor_map(x.data_ptr(), m, 2 * plain, *box) if plain else _NO_MAP
+        y_map = grouped_tensor_map(y.data_ptr(), m, 2 * y.shape[2], *box, 2 * y.stride(1))
+        launches.start(prepared, x_map, y_map, out)
     return out
 
 
@@ -141,11 +187,12 @@ def _quantize(
     down_scale = torch.empty(m, dtype=torch.float32, device=x.device) if rank and not bf16 else None
     if m:
         with on(index):
-            kernel, shape = _kernel(index, m, k, rank, bf16, rotate)
+            kernel, shape = _kernel(index, m, k, rank, bf16, rotate, None)
             kernel.launch(
                 torch._C._cuda_getCurrentRawStream(index),
                 _ARGUMENTS.pack(
                     grouped_tensor_map(x.data_ptr(), m, 2 * k, plan.RowsBuild.rows, shape.box),
+                    _NO_MAP,
                     _branch_map(proj_down, shape) if rank else _NO_MAP,
                     factor.data_ptr(),
                     codes.data_ptr(),
@@ -154,10 +201,8 @@ def _quantize(
                     0 if down_scale is None else down_scale.data_ptr(),
                     m,
                     k,
-                    shape.boxes,
-                    shape.box.bit_length() - 1,
-                    shape.ring_boxes,
-                    shape.warps,
+                    *_sizes(shape),
+                    0,
                 ),
             )
     return codes, scale, down, down_scale
@@ -170,16 +215,20 @@ def _branch_map(proj_down: torch.Tensor, shape: plan.RowsLaunch) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool) -> tuple[Kernel, plan.RowsLaunch]:
-    shape = _launch(index, m, k, rank, bf16, rotate)
+def _kernel(
+    index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool, plain: int | None
+) -> tuple[Kernel, plan.RowsLaunch]:
+    shape = _launch(index, m, k, rank, bf16, rotate, plain)
     if shape is None:
         raise KernelInputError(f"svdq::{_NAME}: K = {k} is too long for what this card has of clusters of blocks")
     kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
     return kernel._replace(threads=shape.threads, early=True), shape
 
 
-def _launch(index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool) -> plan.RowsLaunch | None:
-    return plan.rows_launch(_at_once(index), m, k, rank, bf16, rotate)
+def _launch(
+    index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool, plain: int | None = None
+) -> plan.RowsLaunch | None:
+    return plan.rows_launch(_at_once(index), m, k, rank, bf16, rotate, plain)
 
 
 @lru_cache(maxsize=64)

@@ -119,6 +119,18 @@ def linear_as_int8_now(x: torch.Tensor, operands: tuple[torch.Tensor | None, ...
     return _kernels("rows").linear(x, as_int8.kept_image(operands, *form))
 
 
+def linear_as_int8_of_gelu_now(
+    x: torch.Tensor | None, y: torch.Tensor, operands: tuple[torch.Tensor | None, ...], form: tuple
+) -> torch.Tensor | None:
+    """:func:`linear_as_int8_now` of ``[x, GELU(y)]``; None for what the kernels do not take.
+
+    Args:
+        x: (B, L, K - C) or None.
+        y: (B, L, C).
+    """
+    return _kernels("rows").linear_of_gelu(x, y, as_int8.kept_image(operands, *form))
+
+
 def _linear_awq(_launch, *operands) -> torch.Tensor:
     return _kernels("awq").linear(*operands)
 

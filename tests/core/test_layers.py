@@ -168,3 +168,20 @@ def test_layers_of_one_input_give_what_each_gives(dtype):
     assert [y.shape for y in together] == [(3, 96), (3, 32), (3, 64)]
     for y, layer in zip(together, layers, strict=True):
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("unsigned", "plain"), [(False, 0), (True, 0), (False, 64), (True, 64)])
+@pytest.mark.parametrize("adapted", ["", "branch", "dense"])
+def test_a_gelu_in_front_may_be_left_to_the_layer(unsigned, plain, adapted, dtype):
+    layer = make_layer(unsigned=unsigned)
+    if adapted:
+        layer.set_adapter("a", make_adapter(delta=adapted == "dense"))
+    y = torch.randn(2, 5, 200, dtype=dtype)[..., 200 - 128 + plain :]
+    x = torch.randn(2, 5, plain, dtype=dtype) if plain else None
+    activated = torch.nn.functional.gelu(y, approximate="tanh")
+    expected = layer(activated if x is None else torch.cat((x, activated), -1))
+    found = layer.of_gelu(x, y)
+    assert found.shape == (2, 5, 96) and found.dtype == dtype
+    # GELU may be the next number of 16 bits.
+    assert torch.linalg.norm(found.float() - expected.float()) < 5e-3 * torch.linalg.norm(expected.float())

@@ -68,6 +68,19 @@ def test_a_model_in_16_bits_is_left_alone(host, flux_files, model):
     assert fused == [f"Fused{name}" for name in plain]
 
 
+@pytest.mark.parametrize(("part", "columns"), [("img_mlp.1", 4), ("txt_mlp.2", 4), ("img_mlp", 1), ("linear2", 5)])
+def test_who_hooks_a_gelu_or_what_follows_it_sees_it(host, model, part, columns):
+    before, seen = step(host, model), []
+    block = blocks(model)[-1 if part == "linear2" else 0]
+    hook = block.get_submodule(part).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    try:
+        found = step(host, model)
+    finally:
+        hook.remove()
+    assert [x.shape[-1] for x in seen] == [columns * block.hidden_size]
+    assert relative(found, before) < 0.02
+
+
 def test_a_patch_inside_a_block_has_the_host_s_run(host, model, unfused):
     """Newer hosts apply such patches in a block; this one does not, but its own block runs."""
     patches = {"attn1_patch": [lambda *args, **kwargs: {}]}

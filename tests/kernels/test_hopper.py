@@ -139,6 +139,15 @@ def test_rows_fit_their_clusters(rotate: bool, rank: int) -> None:
         assert launch.ring_boxes * build.box_bytes(launch.box) <= launch.shared <= build.shared_bytes()
 
 
+@pytest.mark.parametrize(("plain", "columns"), [(None, 12288), (0, 12288), (3072, 12288), (64, 640), (704, 64)])
+def test_boxes_of_rows_are_plain_or_of_a_gelu(plain: int | None, columns: int) -> None:
+    for m, bf16 in itertools.product((1, 77, 4608), (True, False)):
+        launch = plan.rows_launch(AT_ONCE, m, (plain or 0) + columns, 0, bf16, True, plain)
+        assert launch.build.gelu == (plain is not None)
+        assert launch.build in plan.all_builds(plan.HOPPER)
+        assert (plain or 0) % (launch.box * plan.GROUP) == 0
+
+
 def test_no_rows_fit_what_is_too_long() -> None:
     assert plan.rows_launch(AT_ONCE, 16, 2 * plan.RowsBuild.most_k, 0, True, True) is None
     assert plan.rows_launch(AT_ONCE, 16, 3072, 65, True, False) is None
@@ -241,7 +250,7 @@ def test_an_image_leaves_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None
     def image(operands: tuple[torch.Tensor, ...], *form) -> as_int8.Image:
         made = as_int8.Image(torch.ones(64).bfloat16(), torch.ones(8, 64).to(torch.int8), torch.ones(8), None)
         made.launches = rows._Launches(made)
-        assert made.launches.prepare(made, 16) is made.launches.of_rows[16]
+        assert made.launches.prepare(made, 16, None) is made.launches.prepared[16, None]
         return made
 
     monkeypatch.setattr(as_int8, "image", image)

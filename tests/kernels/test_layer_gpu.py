@@ -39,6 +39,26 @@ def test_a_layer_on_the_gpu_matches_the_reference(name, dtype, adapted, exact, m
     assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("name", "plain"), [("double_blocks.0.img_mlp.2", 0), ("single_blocks.0.linear2", small_flux.HIDDEN)])
+def test_a_layer_takes_the_gelu_along(name, plain, exact, monkeypatch):
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(torch.bfloat16)
+    spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, torch.bfloat16, not plain)
+    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
+    layer = layers.SVDQLinear(quantized.spec, quantized.tensors).cuda()
+    layer.exact = exact
+    y = torch.randn(2, 45, k - plain + 64, device="cuda").bfloat16()[..., 64:]
+    x = torch.randn(2, 45, plain, device="cuda").bfloat16() if plain else None
+    activated = torch.nn.functional.gelu(y, approximate="tanh")
+    expected = layer(activated if x is None else torch.cat((x, activated), -1)).float()
+    with monkeypatch.context() as patch:
+        if not exact and prefers_int8(torch.device("cuda", 0), n, k):
+            patch.setattr(layers, "gelu_concat", None)  # is not needed
+        found = layer.of_gelu(x, y).float()
+    assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
+
+
 def test_a_layer_that_leaves_the_gpu_takes_all_its_memory_along():
     name = small_flux.quantized_layers()[0]
     n, k = small_flux.layer_shapes()[name]
