@@ -40,7 +40,9 @@ def test_a_layer_on_the_gpu_matches_the_reference(name, dtype, adapted, exact, m
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("name", "plain"), [("double_blocks.0.img_mlp.2", 0), ("single_blocks.0.linear2", small_flux.HIDDEN)])
+@pytest.mark.parametrize(
+    ("name", "plain"), [("double_blocks.0.img_mlp.2", 0), ("single_blocks.0.linear2", small_flux.HIDDEN)]
+)
 def test_a_layer_takes_the_gelu_along(name, plain, exact, monkeypatch):
     n, k = small_flux.layer_shapes()[name]
     full = small_flux.state_dict(torch.bfloat16)
