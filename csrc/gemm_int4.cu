@@ -104,11 +104,12 @@ struct Arguments {
     float* next_down;           // (M, next_rank), zeroed
     int next_rank;
     // kNormRope
-    int norm_columns;   // columns [0, this) are q, [this, 2 * this) k, the rest v
+    int norm_columns;   // columns [0, this) are q, [this, 2 * this) k, the rest as they are
     const u16* norm_q;  // (128,)
     const u16* norm_k;  // (128,)
-    const float* rope;  // (M, 64, 2): cosine and sine for each pair of columns
+    const float* rope;  // (rope_rows, 64, 2, 2): a matrix for each pair of columns
     float norm_epsilon;
+    int rope_rows;  // after as many rows they begin again
 };
 
 SVDQ_DEVICE constexpr int swizzle(int row) {
@@ -280,7 +281,8 @@ SVDQ_DEVICE void store(float (&acc)[MT][NT][4], const Arguments& p, const Positi
 }
 
 // kNormRope: the same, but each head of 128 columns of q and of k is first divided by its root mean
-// square, weighted, and rotated by position. A block's tile is one head wide.
+// square, weighted, and rotated by position. A block's tile is one head wide. Behind q and k there
+// may be anything, such as a single block's first layer has.
 SVDQ_DEVICE void norm_rope(float (&acc)[MT][NT][4], const Arguments& p, const Position& at,
                            float* sums) {
     const int kind = at.column / p.norm_columns, head_column = at.column % BN;
@@ -305,22 +307,17 @@ SVDQ_DEVICE void norm_rope(float (&acc)[MT][NT][4], const Arguments& p, const Po
             for (int w = 0; w < kWarpsN; ++w)
                 sum += sums[(tile_row0 + i) * kWarpsN + w];
             const float inverse = rsqrtf(fmaf(sum, 1.f / BN, p.norm_epsilon));
-            const float4* angles =
-                (const float4*)(p.rope + (u64)min(at.row + i, p.m - 1) * BN + head_column);
+            const u32 position = (u32)min(at.row + i, p.m - 1) % (u32)p.rope_rows;
+            const float4* turns = (const float4*)p.rope + (position * BN + head_column) / 2;
 #pragma unroll
-            for (int j = 0; j < kColumns; j += 4) {
-                const float4 angle = angles[j / 4];  // cosine, sine, and the next pair's
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float (&c)[4] = acc[i / 2][j / 2 + half];
-                    float& first = c[i % 2 * 2];
-                    float& second = c[i % 2 * 2 + 1];
-                    const float cosine = half ? angle.z : angle.x, sine = half ? angle.w : angle.y;
-                    const float a = first * inverse * T::low(weight[j / 2 + half]);
-                    const float b = second * inverse * T::high(weight[j / 2 + half]);
-                    first = cosine * a - sine * b;
-                    second = sine * a + cosine * b;
-                }
+            for (int j = 0; j < kColumns; j += 2) {
+                const float4 turn = turns[j / 2];
+                float& first = acc[i / 2][j / 2][i % 2 * 2];
+                float& second = acc[i / 2][j / 2][i % 2 * 2 + 1];
+                const float a = first * inverse * T::low(weight[j / 2]);
+                const float b = second * inverse * T::high(weight[j / 2]);
+                first = turn.x * a + turn.y * b;
+                second = turn.z * a + turn.w * b;
             }
         }
     }

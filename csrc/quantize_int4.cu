@@ -40,8 +40,8 @@
 //     stride 64 bytes (up to 32 ranks):  chunk c at c ^ (row / 8 % 4); row % 2 picks the line's
 //     half stride 128 bytes (64 ranks):       chunk c at c ^ (row / 8 % 4 + 4 (row % 2))
 //
-// With SVDQ_PROLOGUE = 3 what is quantized is rotated (rotation.cuh): product s has the columns
-// that differ in bits 0, 1, 3 and 4, and a lane's four of them differ in bits 0 and 1.
+// With SVDQ_PROLOGUE = 3 and 4 what is quantized is rotated (rotation.cuh): product s has the
+// columns that differ in bits 0, 1, 3 and 4, and a lane's four of them differ in bits 0 and 1.
 //
 // Hopper multiplies bytes, and x . proj_down in 16 bits. SVDQ_OUTPUT says how they are written:
 //
@@ -69,13 +69,15 @@ constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a lo
 
 enum Form { kNibbles = 0, kImage = 1, kBytes = 2 };
 constexpr Form kForm = (Form)SVDQ_OUTPUT;
-enum Prologue { kNone = 0, kGelu = 1, kModulate = 2, kRotate = 3 };
+enum Prologue { kNone = 0, kGelu = 1, kModulate = 2, kRotate = 3, kGeluRotate = 4 };
 constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
+constexpr bool kOfGelu = kPrologue == kGelu || kPrologue == kGeluRotate;
+constexpr bool kRotates = kPrologue == kRotate || kPrologue == kGeluRotate;
 
 // Bytes of the image hold a magnitude and a sign: the magnitude is worked out here, the sign is
 // x's, or what the rotation made of it.
 constexpr bool kMagnitude = kForm == kImage && !kUnsigned;
-constexpr bool kSignOfX = kMagnitude && kPrologue != kRotate;
+constexpr bool kSignOfX = kMagnitude && !kRotates;
 
 constexpr int kRows = 16, kStages = SVDQ_STAGES, kMostTiles = SVDQ_TILES;
 constexpr int kChunk = 8;  // groups whose scales are relative to one another's (image)
@@ -94,7 +96,7 @@ static_assert(kMostTiles * RT * 512 <= 2 * kSlab, "sums fit where slabs were");
 using Sums = float[kPairs][2][4];
 
 struct Arguments {
-    const u16* x;          // (M, K)
+    const u16* x;          // (M, K), or its first columns
     const u16* smooth;     // (K,)
     const u16* proj_down;  // (K, rank)
     u8* qact;              // (M, K / 2); bytes: (M, K); image: (K / 128, padded M, 128)
@@ -111,6 +113,9 @@ struct Arguments {
     int padded_m;        // M for nibbles
     float* chunk_scale;  // (K / 512, padded M); image only
     float* down_scale;   // (rank / 64, padded M); not with nibbles, fp16 only
+    // kOfGelu: of the other columns GELU is taken
+    const u16* y;  // their first row
+    int x_groups, y_stride;
 };
 
 // Where chunk `chunk` of row `row` of a slab lies.
@@ -213,7 +218,7 @@ SVDQ_DEVICE bool rotate(Values (&values)[2], const Signs& signs, bool clamp) {
 SVDQ_DEVICE void values_of(Values (&values)[2], const Fragment& x, u32 inverse_smooth,
                            const Signs& signs) {
     smooth_rows(values, x, inverse_smooth);
-    if constexpr (kPrologue == kRotate) {
+    if constexpr (kRotates) {
         if (__all_sync(0xFFFFFFFFu, rotate(values, signs, false))) return;
         smooth_rows(values, x, inverse_smooth);
         rotate(values, signs, true);
@@ -231,7 +236,7 @@ SVDQ_DEVICE float quantize_row(Values& values, const u32 (&pair)[8], u32 (&codes
     }
     float largest = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     largest = quad_max(largest);
-    if (kPrologue != kRotate && largest > kFloatMax) {  // x / smooth overflowed
+    if (!kRotates && largest > kFloatMax) {  // x / smooth overflowed
         largest = kFloatMax;
 #pragma unroll
         for (int i = 0; i < 16; ++i)
@@ -255,7 +260,7 @@ SVDQ_DEVICE float quantize_row(Values& values, const u32 (&pair)[8], u32 (&codes
         codes[0] = pack_codes<kUnsigned>(values, inverse);
         codes[1] = pack_codes<kUnsigned>(values + 8, inverse);
     }
-    constexpr float kUnit = kUnsigned ? 1.f / 15.f : kPrologue == kRotate ? 8.f / 7.f : 1.f / 7.f;
+    constexpr float kUnit = kUnsigned ? 1.f / 15.f : kRotates ? 8.f / 7.f : 1.f / 7.f;
     return inverse > 0.f ? fminf(largest * kUnit, kFloatMax) : 0.f;
 }
 
@@ -399,9 +404,18 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     u32 next_group = first, next_tile = 0, write = ring, read = ring;
     auto copy_x = [&] {
         if (next_group < groups) {
-            const u32 row = row0 + next_tile * kRows + g, column = next_group * kGroup + 8 * q;
-            const u16* x0 = p.x + (min(row, last_row) * p.k + column);
-            const u16* x1 = p.x + (min(row + 8, last_row) * p.k + column);
+            const u32 row = row0 + next_tile * kRows + g;
+            const u16* from = p.x;
+            u32 stride = p.k, column = next_group * kGroup + 8 * q;
+            if (kOfGelu) {
+                const u32 columns = p.x_groups * kGroup;
+                const bool of_y = next_group >= (u32)p.x_groups;
+                from = of_y ? p.y : p.x;
+                stride = of_y ? p.y_stride : columns;
+                column -= of_y ? columns : 0;
+            }
+            const u16* x0 = from + (min(row, last_row) * stride + column);
+            const u16* x1 = from + (min(row + 8, last_row) * stride + column);
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 copy_or_zero<16>(write + 512 * c, (c < 2 ? x0 : x1) + c % 2 * 32,
@@ -463,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
         copy_x();  // to where this tile was
         const u32 tile_row = row0 + tile * kRows;
         const u32 halves = min(eights - 2 * tile, 2u);
-        if (kPrologue == kGelu) apply_gelu(x);
+        if (kOfGelu && group >= (u32)p.x_groups) apply_gelu(x);
         if (kPrologue == kModulate)
             apply_modulation(x, p, min(tile_row + g, last_row), min(tile_row + g + 8, last_row),
                              group * kGroup + 8 * q);

@@ -14,8 +14,8 @@ from .ops import as_int8
 from .ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from .ops.block import gelu_concat
 from .ops.cuda import linear_as_int8_now, linear_as_int8_of_gelu_now, release
-from .ops.fused import gelu_quantize_act_int4
-from .ops.int4 import linear_int4, linear_w4a4
+from .ops.fused import HEAD, gelu_quantize_act_int4, linear_norm_rope_int4
+from .ops.int4 import linear_int4, linear_w4a4, quantize_act_int4
 from .ops.int8 import linear_int8
 from .ops.nf4 import linear_nf4
 from .ops.nvfp4 import linear_nvfp4
@@ -148,12 +148,12 @@ class SVDQLinear(torch.nn.Module):
         """(..., K) floating point -> (..., N) in the same type."""
         return self._evaluate(x, self.active_tensors())
 
-    def of_gelu(self, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    def of_gelu(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``forward([x, GELU(y)])``, of which the input is not written where what quantizes it takes both.
 
         Args:
-            x: (B, L, K - C), or None where y has all columns.
-            y: (B, L, C).
+            x: (B, L, K - C), perhaps of no columns.
+            y: (B, L, C), perhaps the last columns of something wider.
 
         Returns:
             (B, L, N).
@@ -163,23 +163,61 @@ class SVDQLinear(torch.nn.Module):
         if tensors["delta"] is None and y.dtype == self.spec.dtype:
             if self._runs_as_int8(y, tensors):
                 found = linear_as_int8_of_gelu_now(x, y, *_of_image(tensors, self.spec)) if _runs_now(y) else None
-            elif x is None and self._quantizes_gelu(y.device):
+            elif self._runs_as_int4(y) and y.shape[-1] % int4.GROUP_SIZE == 0:
+                quantized = gelu_quantize_act_int4(
+                    x.flatten(0, 1).contiguous(),
+                    y.flatten(0, 1),
+                    tensors["smooth_factor"],
+                    tensors["proj_down"],
+                    self.act_unsigned,
+                    self.spec.rotated,
+                )
                 names = ("weight", "weight_scale", "proj_up", "bias")
-                rows = y.reshape(-1, self.in_features).contiguous()
-                quantized = gelu_quantize_act_int4(rows, tensors["smooth_factor"], tensors["proj_down"], True)
-                found = linear_int4(*quantized, *(tensors[name] for name in names), True)
-                found = found.reshape(*y.shape[:-1], self.out_features)
-        if found is not None:
-            return found
-        return self(gelu_concat(y[..., :0] if x is None else x, y))
+                rows = linear_int4(*quantized, *(tensors[name] for name in names), self.act_unsigned)
+                found = rows.unflatten(0, y.shape[:2])
+        return self(gelu_concat(x, y)) if found is None else found
 
-    def _quantizes_gelu(self, device: torch.device) -> bool:
-        """Whether the quantizer can begin with a GELU: that of 4-bit kernels, which an H100 has others for."""
-        return (
-            self.spec.format == comfy_quant.SVDQUANT_W4A4
-            and self.act_unsigned
-            and not prefers_int8(device, self.out_features, self.in_features)
-        )
+    def normed_heads(
+        self,
+        x: torch.Tensor,
+        norm_q: torch.Tensor,
+        norm_k: torch.Tensor,
+        rope: torch.Tensor,
+        heads: int,
+        epsilon: float,
+    ) -> torch.Tensor | None:
+        """``forward(x)``, which begins with q, k and v, q and k normed and rotated; None where no kernel does both.
+
+        Args:
+            x: (B, L, K).
+            norm_q, norm_k: (128,) weights of the norms.
+            rope: (B or 1, 1, L, 64, 2, 2) float32, as for ``ops.block.norm_rope``.
+            heads: of 128 columns each, of q, of k and of v.
+            epsilon: of the norms.
+
+        Returns:
+            (B, L, N).
+        """
+        tensors = self.active_tensors()
+        if tensors["delta"] is not None or len(norm_q) != HEAD or x.dtype != self.spec.dtype or not x.numel():
+            return None
+        if self._runs_as_int8(x, tensors) or not self._runs_as_int4(x):
+            return None
+        names = "smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias"
+        smooth_factor, proj_down, *layer = (tensors[name] for name in names)
+        rows = x.flatten(0, 1).contiguous()
+        quantized = quantize_act_int4(rows, smooth_factor, proj_down, self.act_unsigned, self.spec.rotated)
+        matrices = rope.flatten(0, 2).contiguous()
+        y = linear_norm_rope_int4(*quantized, *layer, self.act_unsigned, norm_q, norm_k, matrices, heads, epsilon)
+        return y.unflatten(0, x.shape[:2])
+
+    def _runs_as_int4(self, x: torch.Tensor) -> bool:
+        """Whether this layer's two halves are the 4-bit kernels with more around them, or the reference.
+
+        An H100 has others for the same codes.
+        """
+        prefers = prefers_int8(x.device, self.out_features, self.in_features)
+        return self.spec.format == comfy_quant.SVDQUANT_W4A4 and not prefers
 
     def active_tensors(self) -> dict[str, torch.Tensor | None]:
         """The tensors the next call computes with, adapters included.

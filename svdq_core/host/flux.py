@@ -92,18 +92,17 @@ def _seen_epsilon(dtype: torch.dtype) -> float:
     return (small / normed) ** 2 - small**2
 
 
-def _after_gelu(layer: torch.nn.Module, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+def _after_gelu(layer: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``layer([x, GELU(y)])``."""
-    if type(layer) is QuantizedLinear:
-        return layer.of_gelu(x, y)
-    return layer(torch.nn.functional.gelu(y, approximate="tanh") if x is None else ops.gelu_concat(x, y))
+    return layer.of_gelu(x, y) if type(layer) is QuantizedLinear else layer(ops.gelu_concat(x, y))
 
 
 def _feed_forward(mlp: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """The host's, of two layers with a GELU between."""
     if any(hooks for part in (mlp, mlp[1]) for hooks in (part._forward_hooks, part._forward_pre_hooks)):
         return mlp(x)
-    return _after_gelu(mlp[2], None, mlp[0](x))
+    y = mlp[0](x)
+    return _after_gelu(mlp[2], y[..., :0], y)
 
 
 def _attend(
@@ -113,6 +112,15 @@ def _attend(
     norm_q, norm_k = zip(*(_norm_weights(norm, qkv[0]) for norm in norms), strict=True)
     q, k, v = ops.norm_rope(qkv, list(norm_q), list(norm_k), pe, heads, _epsilon(norms[0], qkv[0].dtype))
     return attention(q, k, v, pe=None, mask=mask, transformer_options=transformer_options or {})
+
+
+def _normed_heads(
+    layer: torch.nn.Module, x: torch.Tensor, norm: layers.QKNorm, heads: int, pe: torch.Tensor
+) -> torch.Tensor | None:
+    """``layer(x)``, in whose outputs q and k are normed and rotated as they are written; None where they cannot be."""
+    if type(layer) is not QuantizedLinear:
+        return None
+    return layer.normed_heads(x, *_norm_weights(norm, x), pe, heads, _epsilon(norm, x.dtype))
 
 
 class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
@@ -177,7 +185,14 @@ class FusedSingleStreamBlock(layers.SingleStreamBlock):
         if not _is_plain(layers.SingleStreamBlock, x, x.shape[1], vec, pe, transformer_options, others):
             return super().forward(x, vec, pe, attn_mask, transformer_options=transformer_options or {}, **others)
         mod, _ = self.modulations(self.modulation, vec)
-        y = self.linear1(ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps))
-        qkv, mlp = y.split((3 * self.hidden_size, self.mlp_hidden_dim), dim=-1)
-        attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)
+        modulated = ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps)
+        widths = 3 * self.hidden_size, self.mlp_hidden_dim
+        y = _normed_heads(self.linear1, modulated, self.norm, self.num_heads, pe)
+        if y is None:
+            qkv, mlp = self.linear1(modulated).split(widths, dim=-1)
+            attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)
+        else:
+            qkv, mlp = y.split(widths, dim=-1)
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            attn = attention(q, k, v, pe=None, mask=attn_mask, transformer_options=transformer_options or {})
         return ops.gated_sum(x, _after_gelu(self.linear2, attn, mlp), mod.gate)

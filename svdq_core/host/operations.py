@@ -62,12 +62,19 @@ class QuantizedLinear(SVDQLinear, comfy.ops.CastWeightBiasOp):
             return self._forward_wrapped(x, tensors["bias"])
         return self._evaluate(x, tensors)
 
-    def of_gelu(self, x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+    def of_gelu(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """As ``SVDQLinear``'s, where nobody else has a part in what this layer does."""
         if not self.is_plain_on(y.device):
-            return self(gelu_concat(y[..., :0] if x is None else x, y))
+            return self(gelu_concat(x, y))
         comfy.ops.run_every_op()
         return super().of_gelu(x, y)
+
+    def normed_heads(self, x: torch.Tensor, *operands) -> torch.Tensor | None:
+        """As ``SVDQLinear``'s, where nobody else has a part in what this layer does."""
+        if not self.is_plain_on(x.device):
+            return None
+        comfy.ops.run_every_op()
+        return super().normed_heads(x, *operands)
 
     def is_plain_on(self, device: torch.device) -> bool:
         """Whether a call does nothing but evaluate the layer on its own tensors, which are on that device."""

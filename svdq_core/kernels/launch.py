@@ -18,8 +18,8 @@ from ..errors import SVDQuantError
 from . import driver, library, plan
 
 # The kernels' Arguments structures: pointers, then sizes, as the compiler lays them out.
-_QUANTIZE = struct.Struct("6P5i2P2i2P")
-_GEMM = struct.Struct("8P4i5P2i3Pf0P")
+_QUANTIZE = struct.Struct("6P5i2P2i3P2i")
+_GEMM = struct.Struct("8P4i5P2i3Pfi0P")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
 
@@ -185,11 +185,30 @@ def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tenso
     m, k = x.shape
     _check_width(name, k)
     check_limits(name, m, 1, k)
+    expect(name, "x", x, x, (m, k), x.dtype)
+    _check_quantizer_layer(name, x, k, smooth_factor, proj_down)
+
+
+def _check_quantizer_layer(name: str, x: torch.Tensor, k: int, smooth_factor, proj_down) -> None:
     if proj_down.dim() != 2:
         raise KernelInputError(f"svdq::{name}: proj_down has shape {tuple(proj_down.shape)}, expected (K, rank)")
-    expect(name, "x", x, x, (m, k), x.dtype)
     expect(name, "smooth_factor", smooth_factor, x, (k,), x.dtype)
     expect(name, "proj_down", proj_down, x, (k, proj_down.shape[1]), x.dtype)
+
+
+def _check_gelu_input(name: str, x: torch.Tensor, y: torch.Tensor, smooth_factor, proj_down) -> None:
+    if y.dim() != 2 or y.dtype not in SIXTEEN_BIT:
+        raise KernelInputError(f"svdq::{name}: y is {tuple(y.shape)} {y.dtype}, expected (M, C) bfloat16 or float16")
+    (m, columns), before = y.shape, x.shape[-1]
+    _check_width(name, columns)
+    if before % plan.GROUP:
+        raise KernelInputError(f"svdq::{name}: x has {before} columns, expected a multiple of {plan.GROUP}")
+    check_limits(name, m, 1, before + columns)
+    check_limits(name, m, 1, y.stride(0))
+    expect(name, "x", x, y, (m, before), y.dtype)
+    if m and (y.stride(1) != 1 or y.stride(0) % 8 or y.data_ptr() % 16):
+        raise KernelInputError(f"svdq::{name}: y has strides {y.stride()}; each row has to be aligned and in one piece")
+    _check_quantizer_layer(name, y, before + columns, smooth_factor, proj_down)
 
 
 def launch_quantizer(
@@ -200,11 +219,14 @@ def launch_quantizer(
     out: QuantizerOutputs,
     prologue: int = plan.PLAIN,
     modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    y: torch.Tensor | None = None,
 ) -> None:
     """Start the quantizer on checked operands; ``x`` has rows, ``proj_down`` a multiple of 8 ranks."""
-    (m, k), rank, index = x.shape, proj_down.shape[1], x.device.index
-    scale_pointer = shift_pointer = 0
+    (k, rank), m, index = proj_down.shape, x.shape[0], x.device.index
+    scale_pointer = shift_pointer = y_pointer = x_groups = y_stride = 0
     modulation_rows = 1
+    if y is not None:
+        y_pointer, x_groups, y_stride = y.data_ptr(), x.shape[1] // plan.GROUP, y.stride(0)
     if modulation is not None:
         scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
         modulation_rows = m // modulation[0].shape[0]
@@ -232,6 +254,9 @@ def launch_quantizer(
                 out.padded_rows,
                 0 if out.chunk_scale is None else out.chunk_scale.data_ptr(),
                 0 if out.down_scale is None else out.down_scale.data_ptr(),
+                y_pointer,
+                x_groups,
+                y_stride,
             ),
         )
 
@@ -243,11 +268,13 @@ def quantize(
     act_unsigned: bool,
     prologue: int = plan.PLAIN,
     modulation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``svdq::quantize_act_int4``, with GELU or a modulation in front, or with a rotation.
 
     Args:
         modulation: (scale, shift), each (B, K); rows ``i * M / B`` on take row ``i``.
+        y: with a GELU: (M, C), of which it is taken, behind the columns of x.
 
     Returns:
         qact, act_scale, down.
@@ -256,8 +283,11 @@ def quantize(
         KernelInputError: an operand that the kernel does not take.
     """
     name = "quantize_act_int4"
-    check_quantizer_input(name, x, smooth_factor, proj_down)
-    (m, k), rank = x.shape, proj_down.shape[1]
+    if y is None:
+        check_quantizer_input(name, x, smooth_factor, proj_down)
+    else:
+        _check_gelu_input(name, x, y, smooth_factor, proj_down)
+    (k, rank), m = proj_down.shape, x.shape[0]
     if modulation is not None:
         batch = modulation[0].shape[0]
         if batch == 0 or m % batch:
@@ -274,7 +304,7 @@ def quantize(
         torch.empty((m, padded), dtype=torch.float32, device=x.device),
     )
     if m:
-        launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out, prologue, modulation)
+        launch_quantizer(x, smooth_factor, proj_down, act_unsigned, out, prologue, modulation, y)
     return out.qact, out.act_scale, out.down if padded == rank else out.down[:, :rank].contiguous()
 
 
@@ -289,7 +319,7 @@ def gemm(
     act_unsigned: bool,
     *,
     next_layer: tuple[torch.Tensor, torch.Tensor] | None = None,
-    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | None = None,
+    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, float] | None = None,
     build: plan.GemmBuild | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``svdq::linear_int4``, and the same with an epilogue.
@@ -297,7 +327,7 @@ def gemm(
     Args:
         next_layer: (smooth_factor, proj_down) of the layer that takes GELU(y): return its qact, act_scale
             and down instead of y.
-        norm: (q weight, k weight, rope (M, 64, 2), epsilon): normalize and rotate the heads of q and k.
+        norm: (q weight, k weight, rope (R, 64, 2, 2), heads, epsilon): normalize and rotate the heads of q and k.
         build: run this one instead of the plan's, to tune or to time.
 
     Raises:
@@ -329,7 +359,7 @@ def gemm(
     device = qact.device
     epilogue = plan.STORE
     pointers = [0, 0, 0, 0, 0]  # of the next layer
-    next_rank = norm_columns = 0
+    next_rank = norm_columns = rope_rows = 0
     norm_pointers = [0, 0, 0]
     epsilon = 0.0
     if next_layer is not None:
@@ -352,13 +382,15 @@ def gemm(
         out = torch.empty((m, n), dtype=dtype, device=device)
     if norm is not None:
         epilogue = plan.NORM_ROPE
-        norm_q, norm_k, rope, epsilon = norm
-        if n % 384:
-            raise KernelInputError(f"svdq::{name}: N = {n} is not q, k and v of whole heads of 128 columns")
+        norm_q, norm_k, rope, heads, epsilon = norm
+        norm_columns, rope_rows = heads * 128, rope.shape[0]
+        if heads < 1 or n < 3 * norm_columns:
+            raise KernelInputError(f"svdq::{name}: N = {n} has no room for q, k and v of {heads} heads of 128 columns")
+        if not rope_rows or m % rope_rows:
+            raise KernelInputError(f"svdq::{name}: {m} rows are not several times the {rope_rows} of rope")
         expect(name, "norm_q", norm_q, qact, (128,), dtype)
         expect(name, "norm_k", norm_k, qact, (128,), dtype)
-        expect(name, "rope", rope, qact, (m, 64, 2), torch.float32)
-        norm_columns = n // 3
+        expect(name, "rope", rope, qact, (rope_rows, 64, 2, 2), torch.float32)
         norm_pointers = [norm_q.data_ptr(), norm_k.data_ptr(), rope.data_ptr()]
     if m:
         arguments = _GEMM.pack(
@@ -379,6 +411,7 @@ def gemm(
             norm_columns,
             *norm_pointers,
             epsilon,
+            rope_rows,
         )
         index = device.index
         with on(index):

@@ -15,7 +15,7 @@ GROUP = 64
 
 # Epilogues of the GEMM and prologues of the quantizer, by their number in the source.
 STORE, GELU_QUANTIZE, NORM_ROPE = 0, 1, 2
-PLAIN, GELU, MODULATE, ROTATE = 0, 1, 2, 3
+PLAIN, GELU, MODULATE, ROTATE, GELU_ROTATE = 0, 1, 2, 3, 4
 # What INT4's quantizer writes: packed codes, or on Hopper bytes in the layout of either GEMM.
 NIBBLES, IMAGE, BYTES = 0, 1, 2
 # What NVFP4's quantizer writes: codes, their values in fp16, or rows' largest only (for INT8).
@@ -1004,8 +1004,8 @@ def all_builds(capability: int) -> list[Build]:
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
             QuantizeBuild(bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output), output)
-            for tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE))
-            if not (unsigned and prologue == ROTATE)
+            for tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE, GELU_ROTATE))
+            if not (unsigned and prologue in (ROTATE, GELU_ROTATE))
             for output in (
                 (NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue in (PLAIN, ROTATE) else (NIBBLES,)
             )

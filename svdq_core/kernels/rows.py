@@ -107,16 +107,15 @@ def linear(x: torch.Tensor, image: Image) -> torch.Tensor:
     return out
 
 
-def linear_of_gelu(x: torch.Tensor | None, y: torch.Tensor, image: Image) -> torch.Tensor | None:
+def linear_of_gelu(x: torch.Tensor, y: torch.Tensor, image: Image) -> torch.Tensor | None:
     """:func:`linear` of ``[x, GELU(y)]``, which is never written; None for operands that the kernels do not take.
 
     Args:
-        x: (B, L, K - C), or None where y has all columns.
+        x: (B, L, K - C), perhaps of no columns.
         y: (B, L, C), perhaps the last columns of something wider.
     """
     launches, index = _launches(image), y.get_device()
-    plain = 0 if x is None else x.shape[-1]
-    m = y.shape[0] * y.shape[1]
+    plain, m = x.shape[-1], y.shape[0] * y.shape[1]
     if (
         m == 0
         or index != launches.index
@@ -124,7 +123,8 @@ def linear_of_gelu(x: torch.Tensor | None, y: torch.Tensor, image: Image) -> tor
         or plain + y.shape[2] != launches.k
         or y.shape[2] % plan.GROUP
         or not evenly_spaced(y, y)
-        or (x is not None and not (x.shape[:2] == y.shape[:2] and whole(x, y)))
+        or x.shape[:2] != y.shape[:2]
+        or not whole(x, y)
         or _launch(index, m, launches.k, 0, y.dtype == torch.bfloat16, True, plain) is None
     ):
         return None

@@ -68,6 +68,11 @@ def _quantize_act(launch, x: torch.Tensor, smooth_factor, proj_down, act_unsigne
     return launch.quantize(x, smooth_factor, proj_down, act_unsigned, prologue)
 
 
+def _gelu_quantize_act(launch, x: torch.Tensor, y, smooth_factor, proj_down, act_unsigned, act_rotated=False):
+    prologue = plan.GELU_ROTATE if act_rotated else plan.GELU
+    return launch.quantize(x, smooth_factor, proj_down, act_unsigned, prologue, y=y)
+
+
 def _linear_w4a4(
     launch,
     x: torch.Tensor,
@@ -120,12 +125,12 @@ def linear_as_int8_now(x: torch.Tensor, operands: tuple[torch.Tensor | None, ...
 
 
 def linear_as_int8_of_gelu_now(
-    x: torch.Tensor | None, y: torch.Tensor, operands: tuple[torch.Tensor | None, ...], form: tuple
+    x: torch.Tensor, y: torch.Tensor, operands: tuple[torch.Tensor | None, ...], form: tuple
 ) -> torch.Tensor | None:
     """:func:`linear_as_int8_now` of ``[x, GELU(y)]``; None for what the kernels do not take.
 
     Args:
-        x: (B, L, K - C) or None.
+        x: (B, L, K - C), perhaps of no columns.
         y: (B, L, C).
     """
     return _kernels("rows").linear_of_gelu(x, y, as_int8.kept_image(operands, *form))
@@ -169,9 +174,7 @@ _OPERATORS = {
     "quantize_act_int4": _Operator(int4._quantize_act_reference, _quantize_act, 0),
     "linear_w4a4": _Operator(int4._linear_w4a4_reference, _linear_w4a4, 0),
     "linear_int4": _Operator(int4._linear_reference, lambda launch, *operands: launch.gemm(*operands), 5),
-    "gelu_quantize_act_int4": _Operator(
-        fused._gelu_quantize_act_reference, lambda launch, *operands: launch.quantize(*operands, plan.GELU), 0
-    ),
+    "gelu_quantize_act_int4": _Operator(fused._gelu_quantize_act_reference, _gelu_quantize_act, 0),
     "modulate_quantize_act_int4": _Operator(
         fused._modulate_quantize_act_reference,
         lambda launch, x, scale, shift, *rest: launch.quantize(x, *rest, plan.MODULATE, (scale, shift)),

@@ -1,10 +1,10 @@
 """The operators of :mod:`.int4` with their neighbours in a FLUX block fused to them.
 
 =============================  ==========================================================================
-``gelu_quantize_act_int4``     quantize_act(GELU(x))
+``gelu_quantize_act_int4``     quantize_act([x, GELU(y)])
 ``modulate_quantize_act_int4`` quantize_act(x (1 + scale) + shift), as after a block's LayerNorm
 ``linear_gelu_quantize_int4``  quantize_act(GELU(linear(x))) for the next layer: fc1 never writes 16 bits
-``linear_norm_rope_int4``      linear(x) = [q, k, v]; q and k normalized per head and rotated
+``linear_norm_rope_int4``      linear(x) = [q, k, v, ...]; q and k normalized per head and rotated
 =============================  ==========================================================================
 """
 
@@ -23,8 +23,8 @@ _LINEAR = (
 )
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
-    "gelu_quantize_act_int4(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned)"
-    " -> (Tensor, Tensor, Tensor)"
+    "gelu_quantize_act_int4(Tensor x, Tensor y, Tensor smooth_factor, Tensor proj_down, bool act_unsigned,"
+    " bool act_rotated=False) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "modulate_quantize_act_int4(Tensor x, Tensor scale, Tensor shift, Tensor smooth_factor, Tensor proj_down,"
@@ -34,14 +34,27 @@ _library.define(
     f"linear_gelu_quantize_int4({_LINEAR}, Tensor next_smooth_factor, Tensor next_proj_down)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"linear_norm_rope_int4({_LINEAR}, Tensor norm_q, Tensor norm_k, Tensor rope, float epsilon) -> Tensor")
+_library.define(
+    f"linear_norm_rope_int4({_LINEAR}, Tensor norm_q, Tensor norm_k, Tensor rope, int heads, float epsilon) -> Tensor"
+)
 
 
 def gelu_quantize_act_int4(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, act_unsigned: bool
+    x: torch.Tensor,
+    y: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    act_unsigned: bool,
+    act_rotated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`.int4.quantize_act_int4` of GELU(x), tanh form, rounded to x's dtype in between."""
-    return torch.ops.svdq.gelu_quantize_act_int4(x, smooth_factor, proj_down, act_unsigned)
+    """:func:`.int4.quantize_act_int4` of ``[x, GELU(y)]``, tanh form, rounded to y's dtype in between.
+
+    Args:
+        x: (M, K - C), perhaps of no columns.
+        y: (M, C), perhaps the last columns of something wider.
+        smooth_factor, proj_down, act_unsigned, act_rotated: as there.
+    """
+    return torch.ops.svdq.gelu_quantize_act_int4(x, y, smooth_factor, proj_down, act_unsigned, act_rotated)
 
 
 def modulate_quantize_act_int4(
@@ -110,17 +123,19 @@ def linear_norm_rope_int4(
     norm_q: torch.Tensor,
     norm_k: torch.Tensor,
     rope: torch.Tensor,
+    heads: int,
     epsilon: float,
 ) -> torch.Tensor:
     """:func:`.int4.linear_int4` of q, k and v at once, with RMSNorm and rotation on q's and k's heads.
 
     Args:
         norm_q, norm_k: (128,) weights of the norms.
-        rope: (M, 64, 2) float32, cosine and sine for each pair of a head's columns.
+        rope: (R, 64, 2, 2) float32, a matrix for each pair of a head's columns; row m takes those of m % R.
+        heads: of 128 columns each, of q, of k and of v; further columns are left as they are.
         epsilon: of the norms.
 
     Returns:
-        (M, N), N = 3 x heads x 128.
+        (M, N), N at least 3 x heads x 128.
     """
     return torch.ops.svdq.linear_norm_rope_int4(
         qact,
@@ -134,14 +149,16 @@ def linear_norm_rope_int4(
         norm_q,
         norm_k,
         rope,
+        heads,
         epsilon,
     )
 
 
 @torch.library.impl(_library, "gelu_quantize_act_int4", "CompositeExplicitAutograd")
-def _gelu_quantize_act_reference(x, smooth_factor, proj_down, act_unsigned):
-    y = torch.nn.functional.gelu(x.float(), approximate="tanh").to(x.dtype)
-    return int4._quantize_act_reference(y, smooth_factor, proj_down, act_unsigned)
+def _gelu_quantize_act_reference(x, y, smooth_factor, proj_down, act_unsigned, act_rotated=False):
+    activated = torch.nn.functional.gelu(y.float(), approximate="tanh").to(y.dtype)
+    whole = torch.cat((x, activated), dim=1)
+    return int4._quantize_act_reference(whole, smooth_factor, proj_down, act_unsigned, act_rotated)
 
 
 @torch.library.impl(_library, "modulate_quantize_act_int4", "CompositeExplicitAutograd")
@@ -170,19 +187,16 @@ def _linear_gelu_quantize_reference(
 
 @torch.library.impl(_library, "linear_norm_rope_int4", "CompositeExplicitAutograd")
 def _linear_norm_rope_reference(
-    qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned, norm_q, norm_k, rope, epsilon
+    qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned, norm_q, norm_k, rope, heads, epsilon
 ):
     y = _linear_float(qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned)
-    m = y.shape[0]
-    q, k, v = (part.reshape(m, -1, HEAD) for part in y.chunk(3, dim=1))
-    parts = []
-    for part, weight_of_norm in ((q, norm_q), (k, norm_k)):
-        normalized = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + epsilon) * weight_of_norm.float()
-        first, second = normalized[..., 0::2], normalized[..., 1::2]
-        cosine, sine = rope[:, None, :, 0], rope[:, None, :, 1]
-        rotated = torch.stack((cosine * first - sine * second, sine * first + cosine * second), dim=-1)
-        parts.append(rotated.flatten(-2))
-    return torch.cat([part.reshape(m, -1) for part in (*parts, v)], dim=1).to(proj_up.dtype)
+    matrices = rope.repeat(y.shape[0] // max(rope.shape[0], 1), 1, 1, 1).unsqueeze(1)  # (M, 1, 64, 2, 2)
+    width = heads * HEAD
+    for columns, weight_of_norm in ((y[:, :width], norm_q), (y[:, width : 2 * width], norm_k)):
+        head = columns.unflatten(1, (heads, HEAD))
+        normalized = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + epsilon) * weight_of_norm.float()
+        columns.copy_((matrices @ normalized.unflatten(-1, (-1, 2, 1))).flatten(1))
+    return y.to(proj_up.dtype)
 
 
 def _fake_quantized(x, k, proj_down):
@@ -195,8 +209,8 @@ def _fake_quantized(x, k, proj_down):
 
 
 @torch.library.register_fake("svdq::gelu_quantize_act_int4")
-def _gelu_quantize_act_fake(x, smooth_factor, proj_down, act_unsigned):
-    return _fake_quantized(x, x.shape[1], proj_down)
+def _gelu_quantize_act_fake(x, y, smooth_factor, proj_down, act_unsigned, act_rotated=False):
+    return _fake_quantized(y, x.shape[1] + y.shape[1], proj_down)
 
 
 @torch.library.register_fake("svdq::modulate_quantize_act_int4")
@@ -213,6 +227,6 @@ def _linear_gelu_quantize_fake(
 
 @torch.library.register_fake("svdq::linear_norm_rope_int4")
 def _linear_norm_rope_fake(
-    qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned, norm_q, norm_k, rope, epsilon
+    qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned, norm_q, norm_k, rope, heads, epsilon
 ):
     return proj_up.new_empty((qact.shape[0], weight.shape[0]))

@@ -8,6 +8,7 @@ import torch
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.layers import Adapter, SVDQLinear, evaluate_together
 from svdq_core.numerics import int4
+from svdq_core.ops.block import norm_rope
 from svdq_core.quantizer.recipes import Recipe, quantize_layer
 
 
@@ -178,10 +179,36 @@ def test_a_gelu_in_front_may_be_left_to_the_layer(unsigned, plain, adapted, dtyp
     if adapted:
         layer.set_adapter("a", make_adapter(delta=adapted == "dense"))
     y = torch.randn(2, 5, 200, dtype=dtype)[..., 200 - 128 + plain :]
-    x = torch.randn(2, 5, plain, dtype=dtype) if plain else None
-    activated = torch.nn.functional.gelu(y, approximate="tanh")
-    expected = layer(activated if x is None else torch.cat((x, activated), -1))
+    x = torch.randn(2, 5, plain, dtype=dtype)
+    expected = layer(torch.cat((x, torch.nn.functional.gelu(y, approximate="tanh")), -1))
     found = layer.of_gelu(x, y)
     assert found.shape == (2, 5, 96) and found.dtype == dtype
     # GELU may be the next number of 16 bits.
     assert torch.linalg.norm(found.float() - expected.float()) < 5e-3 * torch.linalg.norm(expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_are_normed_and_rotated_as_they_are_written(batch, dtype):
+    layer = make_layer(n=3 * 256 + 72)
+    layer.set_adapter("a", make_adapter(n=3 * 256 + 72))
+    x, (norm_q, norm_k) = torch.randn(batch, 5, 128, dtype=dtype), torch.rand(2, 128, dtype=dtype)
+    rope = torch.randn(1, 1, 5, 64, 2, 2)
+    found = layer.normed_heads(x, norm_q, norm_k, rope, 2, 1e-6)
+    if dtype == torch.float32:
+        assert found is None, "the layer's type is another"
+        return
+    y = layer(x)
+    q, k, v = norm_rope([y[..., :768]], [norm_q], [norm_k], rope, 2, 1e-6)
+    expected = torch.cat((*(part.transpose(1, 2).flatten(2) for part in (q, k, v)), y[..., 768:]), -1)
+    assert torch.linalg.norm((found - expected).float()) < 5e-3 * torch.linalg.norm(expected.float())
+
+
+def test_heads_of_what_the_kernel_does_not_compute_are_left_to_others():
+    layer, x = make_layer(n=3 * 256), torch.randn(1, 5, 128).bfloat16()
+    ones, rope = torch.ones(128).bfloat16(), torch.randn(1, 1, 5, 64, 2, 2)
+    assert layer.normed_heads(x, ones, ones, rope, 2, 1e-6) is not None
+    assert layer.normed_heads(x, ones[:64], ones[:64], rope[:, :, :, :32], 4, 1e-6) is None
+    layer.set_adapter("a", make_adapter(n=3 * 256, delta=True))
+    assert layer.normed_heads(x, ones, ones, rope, 2, 1e-6) is None
+    assert make_awq_layer(3 * 256).normed_heads(x, ones, ones, rope, 2, 1e-6) is None

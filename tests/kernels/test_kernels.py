@@ -79,7 +79,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
     builds += [plan.gemv_awq_build(capability, layers, bf16) for layers in (1, 2)]
-    builds.append(replace(quantizer(capability), prologue=plan.ROTATE))
+    builds += [replace(quantizer(capability), prologue=prologue) for prologue in (plan.ROTATE, plan.GELU_ROTATE)]
     builds.append(plan.StatisticsBuild(bf16))
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     found = spills(builds, capability, folder)
@@ -449,21 +449,20 @@ def test_fused_references_compose_the_plain_operators() -> None:
     o = random_operands()
     x, smooth, proj_down = torch.randn(6, 128).half(), torch.rand(128).half() + 0.5, torch.randn(128, 8).half()
     y = torch.nn.functional.gelu(x.float(), approximate="tanh").half()
-    for got, want in zip(
-        fused.gelu_quantize_act_int4(x, smooth, proj_down, True),
-        quantize_act_int4(y, smooth, proj_down, True),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+    for unsigned, rotated in ((True, False), (False, False), (False, True)):
+        found = fused.gelu_quantize_act_int4(x[:, :0], x, smooth, proj_down, unsigned, rotated)
+        assert all(map(torch.equal, found, quantize_act_int4(y, smooth, proj_down, unsigned, rotated)))
+        found = fused.gelu_quantize_act_int4(x[:, :64], x[:, 64:], smooth, proj_down, unsigned, rotated)
+        whole = torch.cat((x[:, :64], y[:, 64:]), 1)
+        assert all(map(torch.equal, found, quantize_act_int4(whole, smooth, proj_down, unsigned, rotated)))
     scale, shift = torch.randn(2, 128).half(), torch.randn(2, 128).half()
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
     y = (x.float() * (1 + scale[rows].float()) + shift[rows].float()).half()
     got = fused.modulate_quantize_act_int4(x, scale, shift, smooth, proj_down, False)
     assert torch.equal(got[0], quantize_act_int4(y, smooth, proj_down, False)[0])
-    rope = torch.zeros(5, 64, 2)
-    rope[..., 0] = 1  # no rotation: what is left is the norm
+    rope = torch.eye(2).expand(5, 64, 2, 2)  # no rotation: what is left is the norm
     ones = torch.ones(128).half()
-    out = fused.linear_norm_rope_int4(*o.values(), ones, ones, rope, 1e-6)
+    out = fused.linear_norm_rope_int4(*o.values(), ones, ones, rope, 1, 1e-6)
     plain = linear_int4(*o.values())
     assert torch.equal(out[:, 256:], plain[:, 256:])
     head = plain[:, :128].float()
@@ -476,7 +475,8 @@ def test_fused_fakes_match() -> None:
     x, smooth, proj_down = torch.randn(6, 128).half(), torch.ones(128).half(), torch.randn(128, 8).half()
     modulation = torch.randn(2, 128).half()
     calls = [
-        (torch.ops.svdq.gelu_quantize_act_int4, (x, smooth, proj_down, True)),
+        (torch.ops.svdq.gelu_quantize_act_int4, (x[:, :0], x, smooth, proj_down, True)),
+        (torch.ops.svdq.gelu_quantize_act_int4, (x[:, :64], x[:, 64:], smooth, proj_down, False, True)),
         (torch.ops.svdq.modulate_quantize_act_int4, (x, modulation, modulation, smooth, proj_down, False)),
         (
             torch.ops.svdq.linear_gelu_quantize_int4,
@@ -484,7 +484,7 @@ def test_fused_fakes_match() -> None:
         ),
         (
             torch.ops.svdq.linear_norm_rope_int4,
-            (*o.values(), torch.ones(128).half(), torch.ones(128).half(), torch.randn(5, 64, 2), 1e-6),
+            (*o.values(), torch.ones(128).half(), torch.ones(128).half(), torch.randn(5, 64, 2, 2), 1, 1e-6),
         ),
     ]
     for operator, arguments in calls:

@@ -222,10 +222,12 @@ def test_prologues(dtype: torch.dtype) -> None:
     m, k, rank = 154, 640, 32
     x, proj_down = random(m, k, dtype=dtype), random(k, rank, scale=0.05, dtype=dtype)
     smooth = (torch.rand(k, device="cuda") + 0.5).to(dtype)
-    y = torch.nn.functional.gelu(x.double(), approximate="tanh").to(dtype)
-    out = fused.gelu_quantize_act_int4(x, smooth, proj_down, True)
-    # GELU's rounding to 16 bits may differ in the last place: compare what the codes stand for.
-    check_close(out, y, smooth, proj_down, True, dtype)
+    for plain in (0, 128):
+        y = torch.nn.functional.gelu(x[:, plain:].double(), approximate="tanh").to(dtype)
+        y = torch.cat((x[:, :plain], y), 1)
+        out = fused.gelu_quantize_act_int4(x[:, :plain].contiguous(), x[:, plain:], smooth, proj_down, not plain)
+        # GELU's rounding to 16 bits may differ in the last place: compare what the codes stand for.
+        check_close(out, y, smooth, proj_down, not plain, dtype)
     scale, shift = random(2, k, dtype=dtype), random(2, k, dtype=dtype)
     wide = [t.double().repeat_interleave(m // 2, 0) for t in (scale, shift)]
     y = (x.double() * (1 + wide[0]) + wide[1]).to(dtype)
@@ -259,23 +261,22 @@ def test_gelu_quantize_epilogue(m: int, rank: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [7, 301, 2048])
-def test_norm_rope_epilogue(m: int, dtype: torch.dtype) -> None:
-    n, k, epsilon = 3 * 256, 192, 1e-6
+@pytest.mark.parametrize("further", [0, 40, 1024], ids=lambda further: f"{further} more columns")
+@pytest.mark.parametrize(("m", "positions"), [(7, 7), (301, 301), (2048, 512)])
+def test_norm_rope_epilogue(m: int, positions: int, further: int, dtype: torch.dtype) -> None:
+    heads, k, epsilon = 2, 192, 1e-6
+    n = 3 * heads * 128 + further
     a, w = activation(m, k, 32, False), layer(n, k, 32, dtype)
     norm_q, norm_k = random(128, dtype=dtype), random(128, dtype=dtype)
-    angle = random(m, 64)
-    rope = torch.stack((angle.cos(), angle.sin()), -1).contiguous()
-    out = fused.linear_norm_rope_int4(*a.values(), *w.values(), False, norm_q, norm_k, rope, epsilon)
-    y = exact(a, w, False)
-    q, kk, v = (part.reshape(m, -1, 128) for part in y.chunk(3, 1))
-    parts = []
-    for part, weight in ((q, norm_q), (kk, norm_k)):
-        part = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + epsilon) * weight.double()
-        c, s = rope.double()[:, None, :, 0], rope.double()[:, None, :, 1]
-        first, second = part[..., 0::2], part[..., 1::2]
-        parts.append(torch.stack((c * first - s * second, s * first + c * second), -1).flatten(-2))
-    expected = torch.cat([part.reshape(m, -1) for part in (*parts, v)], 1)
+    rope = random(positions, 64, 2, 2)
+    out = fused.linear_norm_rope_int4(*a.values(), *w.values(), False, norm_q, norm_k, rope, heads, epsilon)
+    expected = exact(a, w, False)
+    matrices = rope.double().repeat(m // positions, 1, 1, 1).unsqueeze(1)
+    for first, weight in ((0, norm_q), (heads * 128, norm_k)):
+        columns = expected[:, first : first + heads * 128]
+        head = columns.unflatten(1, (heads, 128))
+        head = head * torch.rsqrt(head.square().mean(-1, keepdim=True) + epsilon) * weight.double()
+        columns.copy_((matrices @ head.unflatten(-1, (-1, 2, 1))).flatten(1))
     assert error(out, expected) < TOLERANCE[dtype]
 
 

@@ -9,6 +9,8 @@ from svdq_core.formats import comfy_quant
 from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.kernels import prefers_int8
 from svdq_core.layers import Adapter
+from svdq_core.ops import block
+from svdq_core.ops.int4 import _linear_w4a4_reference
 from svdq_core.quantizer.recipes import RECIPES, quantize_layer
 from svdq_core.quantizer.statistics import Calibration
 
@@ -39,26 +41,53 @@ def test_a_layer_on_the_gpu_matches_the_reference(name, dtype, adapted, exact, m
     assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+def on_the_gpu(name, dtype, unsigned=False):
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(dtype)
+    spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, dtype, unsigned)
+    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
+    return layers.SVDQLinear(quantized.spec, quantized.tensors).cuda()
+
+
+@pytest.mark.parametrize("evaluated", ["as the card prefers", "exactly", "as on other cards"])
 @pytest.mark.parametrize(
     ("name", "plain"), [("double_blocks.0.img_mlp.2", 0), ("single_blocks.0.linear2", small_flux.HIDDEN)]
 )
-def test_a_layer_takes_the_gelu_along(name, plain, exact, monkeypatch):
-    n, k = small_flux.layer_shapes()[name]
-    full = small_flux.state_dict(torch.bfloat16)
-    spec = LayerSpec(name, "svdquant_w4a4", n, k, 32, True, torch.bfloat16, not plain)
-    quantized = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"])
-    layer = layers.SVDQLinear(quantized.spec, quantized.tensors).cuda()
-    layer.exact = exact
+def test_a_layer_takes_the_gelu_along(name, plain, evaluated, monkeypatch):
+    layer = on_the_gpu(name, torch.bfloat16, unsigned=not plain)
+    n, k = layer.out_features, layer.in_features
+    layer.exact = evaluated == "exactly"
+    if evaluated == "as on other cards":
+        monkeypatch.setattr(layers, "prefers_int8", lambda *_: False)
     y = torch.randn(2, 45, k - plain + 64, device="cuda").bfloat16()[..., 64:]
-    x = torch.randn(2, 45, plain, device="cuda").bfloat16() if plain else None
-    activated = torch.nn.functional.gelu(y, approximate="tanh")
-    expected = layer(activated if x is None else torch.cat((x, activated), -1)).float()
+    x = torch.randn(2, 45, plain, device="cuda").bfloat16()
+    expected = layer(torch.cat((x, torch.nn.functional.gelu(y, approximate="tanh")), -1)).float()
     with monkeypatch.context() as patch:
-        if not exact and prefers_int8(torch.device("cuda", 0), n, k):
+        if evaluated != "exactly" or not prefers_int8(torch.device("cuda", 0), n, k):
             patch.setattr(layers, "gelu_concat", None)  # is not needed
         found = layer.of_gelu(x, y).float()
     assert torch.linalg.norm(found - expected) < 1e-2 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_layer_norms_and_rotates_the_heads_it_writes(batch, dtype, monkeypatch):
+    layer, hidden = on_the_gpu("single_blocks.0.linear1", dtype), small_flux.HIDDEN
+    x = torch.randn(batch, 77, hidden, device="cuda").to(dtype)
+    norm_q, norm_k = torch.rand(2, 128, device="cuda").to(dtype)
+    rope = torch.randn(1, 1, 77, 64, 2, 2, device="cuda")
+    operands = norm_q, norm_k, rope, hidden // 128, 1e-6
+    if prefers_int8(x.device, layer.out_features, hidden):
+        assert layer.normed_heads(x, *operands) is None
+    monkeypatch.setattr(layers, "prefers_int8", lambda *_: False)
+    found = layer.normed_heads(x, *operands)
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "linear_w4a4", _linear_w4a4_reference)
+        y = layer(x)
+    q, k, v = block._norm_rope_reference([y[..., : 3 * hidden]], [norm_q], [norm_k], rope, hidden // 128, 1e-6)
+    expected = torch.cat((*(part.transpose(1, 2).flatten(2) for part in (q, k, v)), y[..., 3 * hidden :]), -1)
+    assert found.shape == y.shape
+    assert torch.linalg.norm((found - expected).float()) < 1e-2 * torch.linalg.norm(expected.float())
 
 
 def test_a_layer_that_leaves_the_gpu_takes_all_its_memory_along():
