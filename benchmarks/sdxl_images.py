@@ -2,7 +2,8 @@
 
 python -m benchmarks.sdxl_images
 
-As benchmarks.flux_images, with a prompt and a negative one: random weights, quantized by recipe ``fast``.
+As benchmarks.flux_images, with a prompt and a negative one: random weights, quantized by recipe ``fast``. "Replayed" is
+with SVDQuant Replay Steps.
 """
 
 import json
@@ -47,12 +48,17 @@ class SdxlHost(InProcessHost):
 def main() -> None:
     """Measure on the current CUDA card and write the JSON."""
     host = SdxlHost()
+    from svdq_core.host.replay import replay_steps
+
     result = in_16_bits(host, "benchmarks.sdxl_images")
+    result["16 bits, replayed"] = drawn(host, replay_steps(host.model))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sdxl-int4.safetensors"
         quantize(host.model, path)
         host.unload_all()
-        result["INT4"] = drawn(host, host.load(path))
+        model = host.load(path)
+        result["INT4"] = drawn(host, model)
+        result["INT4, replayed"] = drawn(host, replay_steps(model))
     print(json.dumps(result, indent=1))
     (RESULTS / "sdxl_images_h200.json").write_text(json.dumps(result, indent=1) + "\n")
 

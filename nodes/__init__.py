@@ -6,6 +6,7 @@ from .inspect import SVDQuantInspect
 from .loader import SVDQuantModelLoader
 from .lora import SVDQuantLoraApply
 from .quantize import SVDQuantQuantizeCheckpoint
+from .replay import SVDQuantReplaySteps
 
 NODE_CLASS_MAPPINGS = {
     "SVDQuantModelLoader": SVDQuantModelLoader,
@@ -14,6 +15,7 @@ NODE_CLASS_MAPPINGS = {
     "SVDQuantLoraApply": SVDQuantLoraApply,
     "SVDQuantInspect": SVDQuantInspect,
     "SVDQuantCompare": SVDQuantCompare,
+    "SVDQuantReplaySteps": SVDQuantReplaySteps,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -23,4 +25,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
     "SVDQuantCompare": "SVDQuant Compare",
+    "SVDQuantReplaySteps": "SVDQuant Replay Steps",
 }

@@ -39,12 +39,17 @@ class Modulations:
         version = None if vec.is_inference() else vec._version
         if self._vec is None or self._vec() is not vec or self._version != version:
             self._outputs = self._compute(vec)
-            self._vec, self._version = weakref.ref(vec), version
+            self._vec, self._version = weakref.ref(vec, self._forget), version
         output = self._outputs.get(module)
         if output is None:
             return module(vec)
         parts = output[:, None, :].chunk(module.multiplier, dim=-1)
         return layers.ModulationOut(*parts[:3]), layers.ModulationOut(*parts[3:]) if module.is_double else None
+
+    def _forget(self, vec: weakref.ref) -> None:
+        """Nobody can ask for the outputs of an input that is gone."""
+        if vec is self._vec:
+            self._outputs = {}
 
     def _compute(self, vec: torch.Tensor) -> dict[layers.Modulation, torch.Tensor]:
         modules = [module for module in self._modules if _is_plain(module, vec)]

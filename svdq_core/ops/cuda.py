@@ -221,10 +221,20 @@ def register() -> None:
         _library.impl(name, operator.__call__)
 
 
+_releases = 0
+
+
+def release_count() -> int:
+    """How often :func:`release` was called: another number, and some layer may be computed from other memory."""
+    return _releases
+
+
 def release(tensors: Iterable[torch.Tensor]) -> None:
     """Free what a device made of a layer's tensors for its kernels; it is made again when needed."""
     from ..kernels import hopper
 
+    global _releases
+    _releases += 1
     for tensor in tensors:
         hopper.forget(tensor)
         as_int8.forget(tensor)

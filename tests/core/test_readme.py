@@ -109,6 +109,17 @@ def test_speed_of_other_precisions():
             shape = f"{row['m']} x {row['k']} x {row['n']}"
             times = " | ".join(f"{row[f'{name}_us']:.1f}" for name in ("16bit", "w4a16", "copy"))
             assert f"| {shape} | {times} | {share} |" in text
+    together = [
+        [
+            f"{row['m']}",
+            f"{row['w4a16_us']:.0f}",
+            f"{row['one_by_one_us']:.0f}",
+            f"{row['share_of_copy_bandwidth']:.0%}".replace("%", " %"),
+        ]
+        for row in result["modulations_together"]
+    ]
+    assert table("Speed on an H200", "rows") == together
+    assert f"{result['modulations_together'][0]['bytes'] / 1e9:.2f} GB of weights" in text
     for mean in result["geometric_mean_over_16bit_flux"].values():
         assert f"{mean:.2f}x" in text
     assert (
@@ -177,11 +188,14 @@ def test_whole_images():
         measured.append([name, seconds, f"{found['model_gb']:.2f}", peak])
     assert table("FLUX.1-dev in ComfyUI", "model") == measured
     assert f"holds {measured[-1][3]} GB while" in README.replace("\n", " ")
-    full, quantized = (RESULTS["sdxl_images_h200"][name] for name in ("16 bits", "INT4"))
-    seconds = (f"{statistics.median(found['image_s']):.2f}" for found in (quantized, full))
-    text = section("FLUX.1-dev in ComfyUI").replace("\n", " ")
-    assert "takes {} s in INT4 and {} in 16 bits".format(*seconds) in text
-    assert f"weights {quantized['model_gb']:.2f} and {full['model_gb']:.2f} GB" in text
+    images, measured = RESULTS["sdxl_images_h200"], []
+    for name in ("16 bits", "INT4"):
+        launched, replayed = images[name], images[f"{name}, replayed"]
+        seconds = [f"{statistics.median(found['image_s']):.2f}" for found in (launched, replayed)]
+        peaks = f"{launched['peak_gb']:.2f}, {replayed['peak_gb']:.2f}"
+        measured.append([name, *seconds, f"{launched['model_gb']:.2f}", peaks])
+    text = README[README.index("**SDXL**'s layers") :]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[5:7]] == measured
 
 
 def test_calibrating():

@@ -73,6 +73,15 @@ def test_another_embedding_has_others(model, flux_files, calls):
     assert len(calls) == 3
 
 
+def test_an_embedding_that_is_gone_leaves_nothing_behind(model, flux_files):
+    modulations = model.model.diffusion_model.double_blocks[0].modulations
+    vec = embedding(flux_files)
+    modulations(modules_of(model)[0], vec)
+    assert modulations._outputs
+    del vec
+    assert not modulations._outputs
+
+
 def test_adapters_and_patched_biases_are_part_of_them(model, flux_files, calls):
     vec, modules = embedding(flux_files), modules_of(model)
     before = flat(modules[0](vec)), flat(modules[1](vec))
