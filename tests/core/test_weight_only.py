@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from svdq_core.numerics import awq, int4, nf4
+from svdq_core.quantizer.codecs import AWQ
+from svdq_core.quantizer.rounding import round_to_nearest
 
 
 def groups(magnitude=1e4):
@@ -86,3 +88,24 @@ def test_nf4_s_codebook_survives_the_round_trip():
 def test_k_must_be_a_multiple_of_the_group(quantize):
     with pytest.raises(ValueError, match="not a multiple of 64"):
         quantize(torch.zeros(1, 96))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fitted_groups_are_closer_than_any_range_of_theirs(dtype):
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn((96, 256), generator=random)
+    weight[3, 64:128], weight[5, :64] = 0.25, 0.0  # groups without any spread
+    importance = torch.rand(256, generator=random).square()
+    importance[128:192] = 0  # channels that were never used
+    codec = AWQ()
+
+    def error(scales):
+        step, offset = codec.step(scales), codec.offset(scales)
+        codes = round_to_nearest(weight - offset.repeat_interleave(64, dim=1), codec, step)
+        values = awq.dequantize(codes, step, offset)
+        assert torch.isfinite(values).all()
+        return ((values - weight).square() * importance).sum()
+
+    fitted = error(codec.fitted_scales(weight, dtype, importance))
+    ranges = min(error(codec.scales(weight, dtype, reach)) for reach in (1.0, 0.9, 0.8, 0.7))
+    assert fitted < 0.75 * ranges
