@@ -201,7 +201,7 @@ class SVDQLinear(torch.nn.Module):
         tensors = self.active_tensors()
         if tensors["delta"] is not None or len(norm_q) != HEAD or x.dtype != self.spec.dtype or not x.numel():
             return None
-        if self._runs_as_int8(x, tensors) or not self._runs_as_int4(x):
+        if not self._runs_as_int4(x):
             return None
         names = "smooth_factor", "proj_down", "weight", "weight_scale", "proj_up", "bias"
         smooth_factor, proj_down, *layer = (tensors[name] for name in names)

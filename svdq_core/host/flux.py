@@ -64,10 +64,14 @@ def _is_plain(
     )
 
 
-def _norm_weights(norm: layers.QKNorm, like: torch.Tensor) -> list[torch.Tensor]:
-    """Of q and k. The host's modules call it ``scale``, in newer hosts ``weight``; either may be in main memory."""
+def _norm_operands(norm: layers.QKNorm, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Weights of q and k, and epsilon.
+
+    The host's modules call a weight ``scale``, in newer hosts ``weight``; either may be in main memory.
+    """
     found = (part.scale if hasattr(part, "scale") else part.weight for part in (norm.query_norm, norm.key_norm))
-    return [comfy.model_management.cast_to(weight, like.dtype, like.device) for weight in found]
+    norm_q, norm_k = (comfy.model_management.cast_to(weight, like.dtype, like.device) for weight in found)
+    return norm_q, norm_k, _epsilon(norm, like.dtype)
 
 
 def _epsilon(norm: layers.QKNorm, dtype: torch.dtype) -> float:
@@ -106,21 +110,22 @@ def _feed_forward(mlp: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    qkv: list[torch.Tensor], norms: list[layers.QKNorm], heads: int, pe: torch.Tensor, mask, transformer_options
+    qkv: list[torch.Tensor], norms: list[tuple], heads: int, pe: torch.Tensor, mask, transformer_options
 ) -> torch.Tensor:
     """(B, L, C) of the outputs of the layers for q, k and v, whose tokens follow one another."""
-    norm_q, norm_k = zip(*(_norm_weights(norm, qkv[0]) for norm in norms), strict=True)
-    q, k, v = ops.norm_rope(qkv, list(norm_q), list(norm_k), pe, heads, _epsilon(norms[0], qkv[0].dtype))
+    norm_q, norm_k, (epsilon, *_) = zip(*norms, strict=True)
+    q, k, v = ops.norm_rope(qkv, list(norm_q), list(norm_k), pe, heads, epsilon)
     return attention(q, k, v, pe=None, mask=mask, transformer_options=transformer_options or {})
 
 
 def _normed_heads(
-    layer: torch.nn.Module, x: torch.Tensor, norm: layers.QKNorm, heads: int, pe: torch.Tensor
+    layer: torch.nn.Module, x: torch.Tensor, norm: tuple, heads: int, pe: torch.Tensor
 ) -> torch.Tensor | None:
     """``layer(x)``, in whose outputs q and k are normed and rotated as they are written; None where they cannot be."""
     if type(layer) is not QuantizedLinear:
         return None
-    return layer.normed_heads(x, *_norm_weights(norm, x), pe, heads, _epsilon(norm, x.dtype))
+    norm_q, norm_k, epsilon = norm
+    return layer.normed_heads(x, norm_q, norm_k, pe, heads, epsilon)
 
 
 class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
@@ -152,7 +157,7 @@ class FusedDoubleStreamBlock(layers.DoubleStreamBlock):
                 (self.img_attn, img, img_mod1, self.img_norm1),
             )
         ]
-        norms = [self.txt_attn.norm, self.img_attn.norm]
+        norms = [_norm_operands(part.norm, img) for part in (self.txt_attn, self.img_attn)]
         attn = _attend(qkv, norms, self.num_heads, pe, attn_mask, transformer_options)
         del qkv
         img = self._finish(img, attn[:, length:], self.img_attn, img_mod1, img_mod2, self.img_norm2, self.img_mlp)
@@ -187,10 +192,11 @@ class FusedSingleStreamBlock(layers.SingleStreamBlock):
         mod, _ = self.modulations(self.modulation, vec)
         modulated = ops.norm_modulate(x, mod.scale, mod.shift, self.pre_norm.eps)
         widths = 3 * self.hidden_size, self.mlp_hidden_dim
-        y = _normed_heads(self.linear1, modulated, self.norm, self.num_heads, pe)
+        norm = _norm_operands(self.norm, x)
+        y = _normed_heads(self.linear1, modulated, norm, self.num_heads, pe)
         if y is None:
             qkv, mlp = self.linear1(modulated).split(widths, dim=-1)
-            attn = _attend([qkv], [self.norm], self.num_heads, pe, attn_mask, transformer_options)
+            attn = _attend([qkv], [norm], self.num_heads, pe, attn_mask, transformer_options)
         else:
             qkv, mlp = y.split(widths, dim=-1)
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
