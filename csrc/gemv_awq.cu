@@ -14,11 +14,10 @@
 //                warp 0 | warp 1 | ...    Block b has the tiles of 16 outputs b, b + blocks and so
 //     tile b      256   |  256   |        on, through all layers: the card reads them from their
 //     b + blocks        |        |        beginning to their end. A warp has four groups of K, and
-//     x b + 2 blocks      |        |        of them in registers. It runs alone, with copies STAGES
-//     - 1
-//     ...               |        |        tiles ahead, and keeps its sums; the block adds them up
-//                                         for a batch of tiles, as many as shared memory has room
-//                                         for.
+//     b + 2 blocks      |        |        x of them in registers. It runs alone, with copies
+//     ...               |        |        STAGES - 1 tiles ahead, and keeps its sums; the block
+//                                         adds them up for a batch of tiles, as many as shared
+//                                         memory has room for.
 //
 // Where the warps of a block cannot cover K, they go through a batch again with other groups. Where
 // N is an odd number of eights, a layer's last tile begins eight early. The warps take turns to

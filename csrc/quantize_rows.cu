@@ -179,8 +179,8 @@ SVDQ_DEVICE void load(Pairs& pair, u32 rows, u32 g, u32 q) {
 }
 
 // GELU (tanh form). The hardware's tanh is off by up to 2^-11, which is a fraction of a code's step
-// however few codes a row's values reach; it is one special-function instruction, where others
-// take two, and those decide here.
+// however few codes a row's values reach; it is one special-function instruction, where gelu_tanh
+// takes two.
 SVDQ_DEVICE float gelu(float x) {
     constexpr float kScale = 0.7978845608028654f;
     float t;
