@@ -138,6 +138,11 @@ def test_quantize_load_and_sample_in_one_graph(server, models):
     again = sampled(stored, loader[0], "stored")
     assert torch.equal(latent, latent_of(server, server.run(stored), again)), "the same, but on H100 and H200"
 
+    replaying = Graph()
+    loader = replaying.add("SVDQuantModelLoader", model_name="made/small_int4.safetensors")
+    replayed = sampled(replaying, replaying.add("SVDQuantReplaySteps", model=loader[0])[0], "replayed")
+    assert torch.equal(latent, latent_of(server, server.run(replaying), replayed)), "as ever, without a GPU"
+
 
 @pytest.mark.parametrize("recipe", ["fast", "balanced"])
 def test_the_command_line_gives_the_same_bytes(server, models, tmp_path, recipe):
