@@ -33,12 +33,13 @@
 //   operands' images:       [K / 128][rows][128 bytes]: what a stage takes is contiguous, and
 //                           swizzled as the products read it (hopper.cuh, operand())
 //   the low-rank branch:    [rank / 64][rows][64 of 16 bits]: one more stage for 64 ranks
+#define SVDQ_COLUMNS 160  // of a product
 #include "hopper.cuh"
 
 namespace {
 
 constexpr int kConsumers = 2;  // warpgroups that compute
-constexpr int BM = 128 * kConsumers, BN = 160, kStages = 3;
+constexpr int BM = 128 * kConsumers, BN = SVDQ_COLUMNS, kStages = 3;
 constexpr int kChunkStages = 4;                // stages with a common chunk_scale
 constexpr int kSegment = SVDQ_BF16 ? 64 : 24;  // stages whose sum is one of fp16
 constexpr int kThreads = 128 * (1 + kConsumers);

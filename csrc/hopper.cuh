@@ -229,13 +229,6 @@ SVDQ_DEVICE void products_wait() {
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
     "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
     "%34, %35, %36, %37, %38, %39"
-#define SVDQ_NAMES80                                                                   \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
-    "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
-    "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-    "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
-    "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-
 #define SVDQ_8(con, i)                                                                    \
     con(r[i]), con(r[i + 1]), con(r[i + 2]), con(r[i + 3]), con(r[i + 4]), con(r[i + 5]), \
         con(r[i + 6]), con(r[i + 7])
@@ -254,22 +247,6 @@ SVDQ_DEVICE void multiply_fp8(u32 (&r)[40], u64 a, u64 b, bool keep) {
         : "l"(a), "l"(b), "r"((int)keep));
 }
 
-// r (64 x 160, float32) += a (64 x 16) b (160 x 16)^T, 16-bit operands. Registers 4 j + 2 h and + 1
-// hold what register 2 j + h holds above.
-#define SVDQ_MULTIPLY_16BIT(TYPE)                                                               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n160k16.f32." TYPE "." TYPE " {" SVDQ_NAMES80 \
-                 "}, %80, %81, 1, 1, 1, 0, 0;"                                                  \
-                 : SVDQ_64("+f", 0), SVDQ_16("+f", 64)                                          \
-                 : "l"(a), "l"(b))
-template <class T>
-SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
-    if (T::kIsBf16)
-        SVDQ_MULTIPLY_16BIT("bf16");
-    else
-        SVDQ_MULTIPLY_16BIT("f16");
-}
-#undef SVDQ_MULTIPLY_16BIT
-
 // A product of SVDQ_COLUMNS columns, which come from shared memory: registers 4 j + 2 h and + 1 of
 // lane l in warp w are row 16 w + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1.
 #ifdef SVDQ_COLUMNS
@@ -284,6 +261,9 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
         SVDQ_NAMES_48                                                              \
         ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
         "%62, %63"
+#    define SVDQ_NAMES_32 \
+        SVDQ_NAMES_24     \
+        ", %24, %25, %26, %27, %28, %29, %30, %31"
 #    define SVDQ_NAMES_72 \
         SVDQ_NAMES_64     \
         ", %64, %65, %66, %67, %68, %69, %70, %71"
@@ -292,6 +272,9 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
         ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
         "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "   \
         "%92, %93, %94, %95"
+#    define SVDQ_NAMES_80 \
+        SVDQ_NAMES_72     \
+        ", %72, %73, %74, %75, %76, %77, %78, %79"
 #    define SVDQ_NAMES_112                                                       \
         SVDQ_NAMES_96                                                            \
         ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
@@ -330,6 +313,16 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
 #        define SVDQ_INPUT3 "%99"
 #        define SVDQ_INPUT4 "%100"
 #        define SVDQ_INPUT5 "%101"
+#    elif SVDQ_COLUMNS == 160
+#        define SVDQ_SHAPE "m64n160"
+#        define SVDQ_SUMS SVDQ_NAMES_80
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_16(con, 64)
+#        define SVDQ_INPUT0 "%80"
+#        define SVDQ_INPUT1 "%81"
+#        define SVDQ_INPUT2 "%82"
+#        define SVDQ_INPUT3 "%83"
+#        define SVDQ_INPUT4 "%84"
+#        define SVDQ_INPUT5 "%85"
 #    elif SVDQ_COLUMNS == 144
 #        define SVDQ_SHAPE "m64n144"
 #        define SVDQ_SUMS SVDQ_NAMES_72
@@ -360,6 +353,16 @@ SVDQ_DEVICE void multiply_16bit(float (&r)[80], u64 a, u64 b) {
 #        define SVDQ_INPUT3 "%51"
 #        define SVDQ_INPUT4 "%52"
 #        define SVDQ_INPUT5 "%53"
+#    elif SVDQ_COLUMNS == 64
+#        define SVDQ_SHAPE "m64n64"
+#        define SVDQ_SUMS SVDQ_NAMES_32
+#        define SVDQ_SUM_REGISTERS(con) SVDQ_32(con, 0)
+#        define SVDQ_INPUT0 "%32"
+#        define SVDQ_INPUT1 "%33"
+#        define SVDQ_INPUT2 "%34"
+#        define SVDQ_INPUT3 "%35"
+#        define SVDQ_INPUT4 "%36"
+#        define SVDQ_INPUT5 "%37"
 #    elif SVDQ_COLUMNS == 48
 #        define SVDQ_SHAPE "m64n48"
 #        define SVDQ_SUMS SVDQ_NAMES_24

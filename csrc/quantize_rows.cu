@@ -6,7 +6,7 @@
 //     the same of [x, GELU(y)], which is rounded, too                       SVDQ_GELU = 1
 //     qact[m, k] = round(r[m, k] / act_scale[m]),   act_scale[m] = largest |r| of the row / 127
 //
-// The first half of a layer of 8 bits; gemm_ungrouped.cu is the second. Rotated, it is that of a
+// The first half of a layer of 8 bits; gemm_rows.cu is the second. Rotated, it is that of a
 // 4-bit layer evaluated in 8 bits, whose low-rank branch is in its weight.
 //
 // A row's scale is known at its end, when most of the row would have left the chip. So a cluster of
@@ -18,8 +18,10 @@
 //           +-------+-------+-------+- . . +-------+- . .  128 bytes of each row
 //             warp 0  warp 1  warp 2         warp 0
 //
-// and runs over the rows, 16 by 16. Groups come through a ring in shared memory, some of them in
-// one copy (a box), as far ahead as it holds. Every warp of a block has its part:
+// and runs over the rows, 16 by 16. (Of two blocks each has 16 rows of its own first, while there
+// are rows for all blocks of the card; only what is left is shared.) Groups come through a ring in
+// shared memory, some of them in one copy (a box), as far ahead as it holds. Every warp of a block
+// has its part:
 //
 //   computing   takes groups as they arrive, puts r in x's place (unless it is not rotated), and
 //               notes the largest of each row; encodes its groups of the 16 rows before, for which
@@ -53,6 +55,7 @@ namespace {
 
 constexpr u32 kCluster = SVDQ_CLUSTER, kMostThreads = 896;
 constexpr bool kRotate = SVDQ_ROTATE, kGelu = SVDQ_GELU;
+constexpr bool kAlone = kRotate && kCluster == 2;  // blocks may have rows of their own
 constexpr u32 kRows = 16, kGroupBytes = kRows * 128;
 constexpr float kLargestCode = 127.f;
 
@@ -76,6 +79,7 @@ struct Arguments {
     float* down_scale;    // (M,), powers of two taken out of `down`; fp16 only
     int m, k;
     int block_boxes;        // of a block's part of the columns
+    int alone;              // 16 rows each that blocks have of their own; kAlone
     int box_shift;          // a box has 1 << box_shift groups
     int ring_boxes, warps;  // of the ring; that compute
     int x_groups;           // a multiple of a box's; kGelu
@@ -134,16 +138,43 @@ struct Shared {
     }
 };
 
-// Rows 16 by 16 as a cluster takes them, and where in the ring their boxes are.
+// Groups of a block in some rows, and the boxes that they come in.
+struct Part {
+    u32 first, count, boxes;
+};
+
+SVDQ_DEVICE Part part_of(const Arguments& p, u32 first, u32 most) {
+    const u32 count = max(min((int)most, p.k / kGroup - (int)first), 0);
+    return {first, count, (count + (1u << p.box_shift) - 1) >> p.box_shift};
+}
+
+// Rows 16 by 16 as a block takes them, and where in the ring their boxes are.
 struct Rows {
     const Arguments& p;
-    u32 boxes;  // of these rows in this block
-    u32 tile = blockIdx.x / kCluster;
-    u32 turn = 0, parity = 0;  // of the barriers that are used in turn
-    u32 box = 0, round = 0;    // the first, and the parity of the ring's round
+    const Part& shared_part;
+    u32 tile;
+    u32 turn = 0, parity = 0;            // of the barriers that are used in turn
+    u32 told_turn = 0, told_parity = 0;  // the same, of shared rows only; kAlone
+    u32 box = 0, round = 0;              // the first, and the parity of the ring's round
 
-    SVDQ_DEVICE Rows(const Arguments& p, u32 boxes) : p(p), boxes(boxes) {}
+    SVDQ_DEVICE Rows(const Arguments& p, const Part& shared_part)
+        : p(p),
+          shared_part(shared_part),
+          tile(kAlone && p.alone ? blockIdx.x : blockIdx.x / kCluster) {}
 
+    SVDQ_DEVICE bool alone() const {
+        return kAlone && tile < (u32)p.alone;
+    }
+    // The block's part of these rows.
+    SVDQ_DEVICE u32 first_group() const {
+        return alone() ? 0 : shared_part.first;
+    }
+    SVDQ_DEVICE u32 groups() const {
+        return alone() ? p.k / kGroup : shared_part.count;
+    }
+    SVDQ_DEVICE u32 boxes() const {
+        return alone() ? (p.k / kGroup + (1 << p.box_shift) - 1) >> p.box_shift : shared_part.boxes;
+    }
     SVDQ_DEVICE u32 first() const {
         return tile * kRows;
     }
@@ -157,10 +188,17 @@ struct Rows {
         return beyond ? next - p.ring_boxes : next;
     }
     SVDQ_DEVICE void advance() {
-        tile += gridDim.x / kCluster;
+        const u32 passed = boxes();
+        if (alone()) {
+            tile += gridDim.x;
+            if (!alone()) tile = p.alone + blockIdx.x / kCluster;
+        } else {
+            tile += gridDim.x / kCluster;
+            if (kAlone) told_parity ^= told_turn, told_turn ^= 1;
+        }
         parity ^= turn;
         turn ^= 1;
-        box = place(boxes, round);
+        box = place(passed, round);
     }
 };
 
@@ -261,7 +299,7 @@ SVDQ_DEVICE u32 encode(const float (&value)[4], float factor) {
 struct Computing {
     const Arguments& p;
     const Shared& shared;
-    const u32 first, count, boxes;  // the block's groups
+    const Part& shared_part;
     const u32 warp, lane, g, q;
 
     SVDQ_DEVICE u32 group(u32 box, u32 i) const {
@@ -272,15 +310,15 @@ struct Computing {
     SVDQ_DEVICE void take(const Rows& rows, const Signs& signs) const {
         float top[2] = {0.f, 0.f};
 #pragma unroll 1
-        for (u32 i = warp; i < count; i += p.warps) {
+        for (u32 i = warp; i < rows.groups(); i += p.warps) {
             u32 round;
             const u32 box = rows.place(i >> p.box_shift, round), at = group(box, i);
             barrier_wait(shared.full(box), round);
             Pairs pair;
             if constexpr (kRotate) {
-                const u16* inverse = p.factor + (first + i) * kGroup + 16 * q;
+                const u16* inverse = p.factor + (rows.first_group() + i) * kGroup + 16 * q;
                 bool clamp = false;
-                const bool of_gelu = kGelu && (int)(first + i) >= p.x_groups;
+                const bool of_gelu = kGelu && (int)(rows.first_group() + i) >= p.x_groups;
                 while (!rotated(pair, at, inverse, g, q, signs, clamp, of_gelu) && !clamp)
                     clamp = true;
 #pragma unroll
@@ -312,10 +350,10 @@ struct Computing {
     template <bool Clamp>
     SVDQ_DEVICE void encode_groups(const Rows& rows, const float (&factor)[2]) const {
 #pragma unroll 1
-        for (u32 i = warp; i < boxes << p.box_shift; i += p.warps) {
+        for (u32 i = warp; i < rows.boxes() << p.box_shift; i += p.warps) {
             u32 round;
             const u32 box = rows.place(i >> p.box_shift, round);
-            if (i >= count) {  // there is no such group, but all of a box's are waited for
+            if (i >= rows.groups()) {  // there is no such group, but all of a box's are waited for
                 if (lane == 0) barrier_arrive(shared.empty(box));
                 continue;
             }
@@ -350,7 +388,8 @@ struct Computing {
             for (u32 h = 0; h < 2; ++h) {
                 const u32 row = rows.first() + g + 8 * h;
                 if (row < (u32)p.m)
-                    *(uint4*)(p.qact + (u64)row * p.k + (first + i) * kGroup + 16 * q) =
+                    *(uint4*)(p.qact + (u64)row * p.k + (rows.first_group() + i) * kGroup +
+                              16 * q) =
                         make_uint4(codes[h][0], codes[h][1], codes[h][2], codes[h][3]);
             }
         }
@@ -376,8 +415,8 @@ struct Computing {
     }
 
     SVDQ_DEVICE void fill_inverse() const {
-        for (u32 i = warp * 32 + lane; i < count * kGroup / 2; i += p.warps * 32) {
-            const u32 pair = ((const u32*)(p.factor + first * kGroup))[i];
+        for (u32 i = warp * 32 + lane; i < shared_part.count * kGroup / 2; i += p.warps * 32) {
+            const u32 pair = ((const u32*)(p.factor + shared_part.first * kGroup))[i];
             store_shared8(shared.inverse() + 8 * i, as_bits(1.f / T::low(pair)),
                           as_bits(1.f / T::high(pair)));
         }
@@ -388,10 +427,10 @@ struct Computing {
         if (!kRotate) fill_inverse();
         const Signs signs(g, q);
         // Where the ring has room for both, the next rows are taken before these are encoded.
-        const int most = p.ring_boxes >= 2 * (int)boxes ? 2 : 1;
+        const int most = p.ring_boxes >= 2 * (int)Rows(p, shared_part).boxes() ? 2 : 1;
         int taken = 0;
-        Rows next(p, boxes);
-        for (Rows rows(p, boxes); rows.there(); rows.advance(), --taken) {
+        Rows next(p, shared_part);
+        for (Rows rows(p, shared_part); rows.there(); rows.advance(), --taken) {
 #pragma unroll 1
             for (; taken < most && next.there(); next.advance(), ++taken)
                 take(next, signs);
@@ -401,39 +440,43 @@ struct Computing {
 };
 
 // Tells the cluster's blocks the block's largest, and the block's warps what the rows' factors are.
-SVDQ_DEVICE void tell(const Arguments& p, const Shared& shared, u32 part, u32 lane) {
-    for (Rows rows(p, 0); rows.there(); rows.advance()) {
+SVDQ_DEVICE void tell(const Arguments& p, const Shared& shared, const Part& shared_part, u32 lane) {
+    for (Rows rows(p, shared_part); rows.there(); rows.advance()) {
         barrier_wait(shared.noted(rows.turn), rows.parity);
         float top = 0.f;  // of row `lane`
         if (lane < kRows)
             for (u32 warp = 0; warp < p.warps; ++warp)
                 top = fmaxf(top, as_float(load_shared4(shared.largest_of_warp(rows.turn, warp) +
                                                        lane % 8 * 8 + lane / 8 * 4)));
-        if (kCluster > 1) {
+        const bool alone = kCluster == 1 || rows.alone();
+        if (!alone) {
             const u32 four = lane % 4 * 4;
             const uint4 tops = make_uint4(as_bits(__shfl_sync(0xFFFFFFFFu, top, four)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 1)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 2)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 3)));
-            if (lane == 0) barrier_expect(shared.told(rows.turn), kCluster * kRows * 4);
+            const u32 turn = kAlone ? rows.told_turn : rows.turn;
+            const u32 told = shared.told(turn), block = blockIdx.x % kCluster;
+            if (lane == 0) barrier_expect(told, kCluster * kRows * 4);
             if (lane < 4 * kCluster)
-                store_shared16_at(shared.largest_of_block(rows.turn, part) + four * 4, tops,
-                                  shared.told(rows.turn), lane / 4);
-            barrier_wait(shared.told(rows.turn), rows.parity);
+                store_shared16_at(shared.largest_of_block(turn, block) + four * 4, tops, told,
+                                  lane / 4);
+            barrier_wait(told, kAlone ? rows.told_parity : rows.parity);
         }
         if (lane < kRows) {
-            float largest = kCluster > 1 ? 0.f : top;
+            float largest = alone ? top : 0.f;
 #pragma unroll
-            for (u32 block = 0; block < kCluster && kCluster > 1; ++block)
+            for (u32 block = 0; block < kCluster && !alone; ++block)
                 largest = fmaxf(
-                    largest,
-                    as_float(load_shared4(shared.largest_of_block(rows.turn, block) + lane * 4)));
+                    largest, as_float(load_shared4(shared.largest_of_block(
+                                                       kAlone ? rows.told_turn : rows.turn, block) +
+                                                   lane * 4)));
             // Below this the reciprocal overflows; such a row is zero for all purposes.
             const bool zero = !(largest > kFloatTiny * kLargestCode);
             store_shared4(shared.factors(rows.turn) + lane * 4,
                           zero ? 0 : as_bits(__fdiv_rn(kLargestCode, largest)));
             const u32 row = rows.first() + lane;
-            if (part == 0 && row < (u32)p.m) {
+            if ((alone || blockIdx.x % kCluster == 0) && row < (u32)p.m) {
                 const float scale = kRotate ? fminf(largest * (8.f / kLargestCode), kFloatMax)
                                             : __fdiv_rn(largest, kLargestCode);
                 p.act_scale[row] = zero ? 0.f : scale;
@@ -443,15 +486,15 @@ SVDQ_DEVICE void tell(const Arguments& p, const Shared& shared, u32 part, u32 la
     }
 }
 
-SVDQ_DEVICE void copy(const Arguments& p, const Shared& shared, u32 first, u32 boxes) {
-    for (Rows rows(p, boxes); rows.there(); rows.advance()) {
+SVDQ_DEVICE void copy(const Arguments& p, const Shared& shared, const Part& shared_part) {
+    for (Rows rows(p, shared_part); rows.there(); rows.advance()) {
 #pragma unroll 1
-        for (u32 i = 0; i < boxes; ++i) {
+        for (u32 i = 0; i < rows.boxes(); ++i) {
             u32 round;
             const u32 box = rows.place(i, round), full = shared.full(box);
             barrier_wait(shared.empty(box), round ^ 1);
             barrier_expect(full, shared.box_bytes);
-            const int group = first + (i << p.box_shift), beyond = group - p.x_groups;
+            const int group = rows.first_group() + (i << p.box_shift), beyond = group - p.x_groups;
             const bool of_gelu = kGelu && beyond >= 0;
             tensor_load_3d(shared.box(box), of_gelu ? p.y : p.x, 0, rows.first(),
                            of_gelu ? beyond : group, full);
@@ -460,8 +503,8 @@ SVDQ_DEVICE void copy(const Arguments& p, const Shared& shared, u32 first, u32 b
             const u32 columns = kGroup << min(p.box_shift, 2), all = shared.groups * kGroup;
             barrier_expect(shared.fetched(), all * kRankBytes);
             for (u32 i = 0; i < all; i += columns)
-                tensor_load(shared.proj_down() + i * kRankBytes, p.proj_down, 0, first * kGroup + i,
-                            shared.fetched());
+                tensor_load(shared.proj_down() + i * kRankBytes, p.proj_down, 0,
+                            shared_part.first * kGroup + i, shared.fetched());
         }
     }
 }
@@ -477,7 +520,7 @@ SVDQ_DEVICE u32 proj_down_at(u32 base, u32 row, u32 i) {
 struct Branch {
     const Arguments& p;
     const Shared& shared;
-    const u32 count, boxes, part;
+    const Part& shared_part;
     const u32 warp, lane, g, q;
 
     SVDQ_DEVICE u32 rank() const {  // the first of the warp's 16
@@ -493,9 +536,10 @@ struct Branch {
         const u32 row = lane % 16, half = lane / 16;
         float chain[2][2][4] = {};
 #    pragma unroll 1
-        for (u32 i = 0; i < boxes; ++i) {
+        for (u32 i = 0; i < shared_part.boxes; ++i) {
             u32 round;
-            const u32 box = rows.place(i, round), end = min((i + 1) << p.box_shift, count);
+            const u32 box = rows.place(i, round);
+            const u32 end = min((i + 1) << p.box_shift, shared_part.count);
             barrier_wait(shared.full(box), round);
             const u32 first = i << p.box_shift;
 #    pragma unroll 1
@@ -534,7 +578,7 @@ struct Branch {
 #    pragma unroll
             for (u32 n = 0; n < 2; ++n) {
                 const u32 row = g + 8 * h, at = rank() + 8 * n + 2 * q;
-                store_shared8_at(shared.sums(rows.turn, part * kShares + share()) +
+                store_shared8_at(shared.sums(rows.turn, blockIdx.x % kCluster * kShares + share()) +
                                      (row % kOwnRows * kRanks + at) * 4,
                                  as_bits(sum[n][2 * h]), as_bits(sum[n][2 * h + 1]), summed,
                                  row / kOwnRows);
@@ -545,7 +589,7 @@ struct Branch {
     SVDQ_DEVICE void add_up(const Rows& rows) const {
         constexpr u32 kLanes = 32 / kOwnRows, kPairs = kRanks / 2 / kLanes;
         barrier_wait(shared.summed(rows.turn), rows.parity);
-        const u32 own = lane / kLanes, row = rows.first() + part * kOwnRows + own;
+        const u32 own = lane / kLanes, row = rows.first() + blockIdx.x % kCluster * kOwnRows + own;
         float sum[kPairs][2] = {}, largest = 0.f;
 #    pragma unroll
         for (u32 i = 0; i < kPairs; ++i) {
@@ -576,8 +620,8 @@ struct Branch {
 
     SVDQ_DEVICE void run() const {
         barrier_wait(shared.fetched(), 0);
-        Rows before(p, boxes);
-        for (Rows rows(p, boxes); rows.there(); rows.advance()) {
+        Rows before(p, shared_part);
+        for (Rows rows(p, shared_part); rows.there(); rows.advance()) {
             float sum[2][4] = {};
             multiply(sum, rows);
             if (before.tile != rows.tile) {
@@ -600,9 +644,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kM
     const u32 lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
     const u32 g = lane / 4, q = lane % 4;
     const u32 block_groups = p.block_boxes << p.box_shift;
-    const u32 part = blockIdx.x % kCluster, first = part * block_groups;
-    const u32 count = max(min((int)block_groups, p.k / kGroup - (int)first), 0);
-    const u32 boxes = (count + (1u << p.box_shift) - 1) >> p.box_shift;
+    const Part shared_part = part_of(p, blockIdx.x % kCluster * block_groups, block_groups);
     const Shared shared{shared_address(memory), (u32)p.ring_boxes, kGroupBytes << p.box_shift,
                         block_groups, (u32)p.warps};
 
@@ -627,15 +669,15 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kM
     cluster_wait();
 
     if (warp < p.warps)
-        Computing{p, shared, first, count, boxes, warp, lane, g, q}.run();
+        Computing{p, shared, shared_part, warp, lane, g, q}.run();
     else if (warp == p.warps)
-        tell(p, shared, part, lane);
+        tell(p, shared, shared_part, lane);
     else if (warp == p.warps + 1) {
-        if (lane == 0) copy(p, shared, first, boxes);
+        if (lane == 0) copy(p, shared, shared_part);
     }
 #if SVDQ_RANK_TILES
     else
-        Branch{p, shared, count, boxes, part, warp - p.warps - 2, lane, g, q}.run();
+        Branch{p, shared, shared_part, warp - p.warps - 2, lane, g, q}.run();
 #endif
     __syncwarp();
     cluster_sync();  // nobody leaves while another block may still write to its memory

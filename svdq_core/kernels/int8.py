@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from . import plan, rows, ungrouped
+from . import plan, rows, w8a8
 from .launch import (
     Kernel,
     KernelInputError,
@@ -56,7 +56,7 @@ def linear(
         expect(_NAME, "bias", bias, x, (n,), x.dtype)
     quantized = quantize(x, smooth_factor, proj_down)
     if card(x.device.index)[0] == plan.HOPPER:
-        return ungrouped.multiply_int8(*quantized, weight, weight_scale, proj_up, bias)
+        return w8a8.multiply(*quantized, weight, weight_scale, proj_up, bias)
     return multiply(*quantized, weight, weight_scale, proj_up, bias)
 
 

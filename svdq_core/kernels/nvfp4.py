@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import plan, ungrouped
+from . import plan, wide
 from .launch import (
     Kernel,
     KernelInputError,
@@ -56,8 +56,8 @@ def linear(
     weights = weight, weight_scale, weight_tensor_scale, weight_channel_scale, proj_up, bias
     check_quantizer_input(_NAME, x, smooth_factor, proj_down)
     check_weight(_NAME, x, x.shape[1], proj_down.shape[1], *weights)
-    if card(x.device.index)[0] == plan.HOPPER and ungrouped.takes(weight.shape[0]):
-        return ungrouped.multiply_nvfp4(*quantize_wide(x, smooth_factor, proj_down), *weights)
+    if card(x.device.index)[0] == plan.HOPPER and wide.takes(weight.shape[0]):
+        return wide.multiply(*quantize_wide(x, smooth_factor, proj_down), *weights)
     return multiply(*quantize(x, smooth_factor, proj_down), *weights)
 
 

@@ -221,35 +221,96 @@ def _turns(tiles: int, clusters: int, half: float) -> Turns:
 
 
 @dataclass(frozen=True)
-class UngroupedGemmBuild:
-    """One build of ``csrc/gemm_ungrouped.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
+class RowsGemmBuild:
+    """One build of ``csrc/gemm_rows.cu``: an output tile is 128 tokens by so many columns."""
 
     bf16: bool
-    nvfp4: bool
-    tokens: int
+    columns: int
 
-    source = "gemm_ungrouped.cu"
-    entry = "svdq_gemm_ungrouped"
+    source = "gemm_rows.cu"
+    entry = "svdq_gemm_rows"
     rows, cluster, threads = 128, 2, 384
+    piece = 16, 32  # rows and columns that are stored together
 
     @property
     def products(self) -> int:
         """Products that a tile's width takes."""
-        return _ceil(self.tokens, 256)
+        return _ceil(self.columns, 256)
 
     @property
     def _buffers(self) -> int:
-        """Pieces of 32 tokens that a consumer has on their way out: where stages are large there is less room."""
+        """Pieces that a warp has on their way out: where stages are large there is less room."""
         return 4 // self.products
 
     @property
-    def _outputs(self) -> int:
-        return 2 * self._buffers * 32 * 128
+    def _ends(self) -> int:
+        """Outputs on their way out, their columns' scales and biases, and the barriers of those."""
+        rows, columns = self.piece
+        return 8 * self._buffers * rows * columns * 2 + self.columns * 6 + 16
 
     @property
     def _stage_bytes(self) -> int:
-        weight = self.rows * (32 + 4 if self.nvfp4 else 128)
-        return _ceil(self.tokens * 128 + weight, 1024) * 1024 + 16
+        return (self.rows + self.columns) * 128 + 16
+
+    @property
+    def stages(self) -> int:
+        """As many as fit."""
+        return (HOPPER_SHARED - self._ends) // self._stage_bytes
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the stages with their barriers, and what a tile's end needs."""
+        return self.stages * self._stage_bytes + self._ends
+
+    def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
+        """How a launch's clusters take the tiles of an (m, n) output."""
+        tiles = _ceil(m, self.rows * self.cluster) * _ceil(n, self.columns)
+        return _turns(tiles, multiprocessors // self.cluster, half=0.7)
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {
+            "SVDQ_BF16": int(self.bf16),
+            "SVDQ_COLUMNS": self.columns // self.products,
+            "SVDQ_PRODUCTS": self.products,
+            "SVDQ_STAGES": self.stages,
+            "SVDQ_BUFFERS": self._buffers,
+        }
+
+
+# Widths of a tile that ``gemm_rows.cu`` has.
+ROWS_COLUMNS = (288, 256, 224, 192, 160, 128, 96, 64)
+
+
+@lru_cache(maxsize=4096)
+def rows_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> RowsGemmBuild:
+    """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
+
+    def time(build: RowsGemmBuild) -> float:
+        # A narrow tile reads more for a product, and each has its end, worth about 16 columns.
+        return build.turns(m, n, multiprocessors).rounds * (build.columns + 16)
+
+    return min((RowsGemmBuild(bf16, columns) for columns in ROWS_COLUMNS), key=time)
+
+
+@dataclass(frozen=True)
+class WideGemmBuild:
+    """One build of ``csrc/gemm_wide.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
+
+    bf16: bool
+    tokens: int
+
+    source = "gemm_wide.cu"
+    entry = "svdq_gemm_wide"
+    rows, cluster, threads = 128, 2, 384
+    buffers = 4  # pieces of 32 tokens that a consumer has on their way out
+
+    @property
+    def _outputs(self) -> int:
+        return 2 * self.buffers * 32 * 128
+
+    @property
+    def _stage_bytes(self) -> int:
+        return _ceil(self.tokens * 128 + self.rows * (32 + 4), 1024) * 1024 + 16
 
     @property
     def stages(self) -> int:
@@ -257,44 +318,32 @@ class UngroupedGemmBuild:
         return (HOPPER_SHARED - self._outputs) // self._stage_bytes
 
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the stages, outputs on their way out, barriers."""
+        """Dynamic shared memory: the stages with their barriers, outputs on their way out."""
         return self.stages * self._stage_bytes + self._outputs
 
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""
         tiles = _ceil(m, self.tokens) * _ceil(n, self.rows * self.cluster)
-        return _turns(tiles, multiprocessors // self.cluster, half=0.9 if self.nvfp4 else 0.7)
+        return _turns(tiles, multiprocessors // self.cluster, half=0.9)
 
     def defines(self) -> dict[str, int]:
         """Macros of this build."""
-        return {
-            "SVDQ_BF16": int(self.bf16),
-            "SVDQ_NVFP4": int(self.nvfp4),
-            "SVDQ_COLUMNS": self.tokens // self.products,
-            "SVDQ_PRODUCTS": self.products,
-            "SVDQ_STAGES": self.stages,
-            "SVDQ_BUFFERS": self._buffers,
-        }
+        return {"SVDQ_BF16": int(self.bf16), "SVDQ_COLUMNS": self.tokens, "SVDQ_STAGES": self.stages}
 
 
-# Widths of a tile that ``gemm_ungrouped.cu`` has; the widest was measured with INT8 only, and is for that.
-TOKENS = (288, 256, 224, 192, 128)
-
-
-def ungrouped_builds(bf16: bool, nvfp4: bool) -> list[UngroupedGemmBuild]:
-    """All there are of a type."""
-    return [UngroupedGemmBuild(bf16, nvfp4, tokens) for tokens in TOKENS if tokens <= 256 or not nvfp4]
+# Widths of a tile that ``gemm_wide.cu`` has.
+WIDE_TOKENS = (256, 224, 192, 128)
 
 
 @lru_cache(maxsize=4096)
-def ungrouped_build(multiprocessors: int, m: int, n: int, bf16: bool, nvfp4: bool) -> UngroupedGemmBuild:
+def wide_build(multiprocessors: int, m: int, n: int, bf16: bool) -> WideGemmBuild:
     """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
 
-    def time(build: UngroupedGemmBuild) -> float:
+    def time(build: WideGemmBuild) -> float:
         # A tile of few tokens reads more for a product, and each has its end, worth about 16 tokens.
         return build.turns(m, n, multiprocessors).rounds * (build.tokens + 16)
 
-    return min(ungrouped_builds(bf16, nvfp4), key=time)
+    return min((WideGemmBuild(bf16, tokens) for tokens in WIDE_TOKENS), key=time)
 
 
 @dataclass(frozen=True)
@@ -569,6 +618,11 @@ class RowsBuild:
         return self.rank_tiles + 2
 
     @property
+    def takes_alone(self) -> bool:
+        """Whether a block may have rows of its own, before clusters share what is left."""
+        return self.rotate and self.cluster == 2
+
+    @property
     def most_warps(self) -> int:
         """That compute."""
         return min(self.threads // 32 - self.other_warps, 24)
@@ -614,6 +668,7 @@ class RowsLaunch(NamedTuple):
 
     Attributes:
         warps: of a block, those that compute.
+        alone: 16 rows each that one block has, all of their columns; the rest clusters have.
         boxes: of a block's part of the columns, of ``box`` groups of 64 each.
         ring_boxes: that its shared memory has room for.
         shared: bytes of it.
@@ -623,10 +678,44 @@ class RowsLaunch(NamedTuple):
     blocks: int
     threads: int
     warps: int
+    alone: int
     box: int
     boxes: int
     ring_boxes: int
     shared: int
+
+
+def _rows_launch(
+    build: RowsBuild, most: int, tiles: int, alone: int, all_groups: int, plain: int
+) -> tuple[float, RowsLaunch] | None:
+    """A launch of a build, if shared memory has room, and about how long it takes, in groups of a block.
+
+    Args:
+        most: clusters that run at once.
+        tiles: 16 rows each, of which blocks have ``alone``.
+        plain: columns in front of those that a GELU is taken of.
+    """
+    groups = _ceil(all_groups, build.cluster)
+    box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
+    boxes, own_boxes = _ceil(groups, box), _ceil(all_groups, box) if alone else 0
+    warps = _ceil(boxes * box, _ceil(boxes * box, build.most_warps))
+    fixed = build.fixed_bytes(boxes * box, warps)
+    ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
+    if ring_boxes < max(boxes, own_boxes) or plain % (box * GROUP):  # a box is of one kind
+        return None
+    clusters = most if alone else min(most, tiles)
+    turns, own_turns = _ceil(tiles - alone, clusters), alone // (most * build.cluster)
+
+    def time(boxes: int) -> int:
+        """Of a turn: its groups, what blocks tell each other, and where the next rows wait for that."""
+        return boxes * box + 4 + (0 if ring_boxes >= 2 * boxes else boxes * box)
+
+    total = turns * time(boxes) + own_turns * time(own_boxes)
+    ring_boxes = min(ring_boxes, boxes * turns + own_boxes * own_turns)
+    shared = fixed + ring_boxes * build.box_bytes(box)
+    threads = 32 * (warps + build.other_warps)
+    launch = RowsLaunch(build, clusters * build.cluster, threads, warps, alone, box, boxes, ring_boxes, shared)
+    return total, launch
 
 
 @lru_cache(maxsize=4096)
@@ -646,24 +735,11 @@ def rows_launch(
         kind = bf16, rotate, rank_tiles, plain is not None
         if not most or (build.bf16, build.rotate, build.rank_tiles, build.gelu) != kind:
             continue
-        groups = _ceil(k // GROUP, build.cluster)
-        box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
-        boxes = _ceil(groups, box)
-        groups = boxes * box
-        warps = _ceil(groups, _ceil(groups, build.most_warps))
-        fixed = build.fixed_bytes(groups, warps)
-        ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
-        if ring_boxes < boxes or (plain or 0) % (box * GROUP):  # a box is of one kind
-            continue
-        clusters = min(most, tiles)
-        turns = _ceil(tiles, clusters)
-        # A turn's groups, what blocks tell each other, and where the next rows wait for that.
-        time = turns * (groups + 4 + (0 if ring_boxes >= 2 * boxes else groups))
-        if best is None or time < best[0]:
-            threads = 32 * (warps + build.other_warps)
-            ring_boxes = min(ring_boxes, boxes * turns)
-            shared = fixed + ring_boxes * build.box_bytes(box)
-            best = time, RowsLaunch(build, clusters * build.cluster, threads, warps, box, boxes, ring_boxes, shared)
+        blocks = most * build.cluster
+        for alone in {0, tiles // blocks * blocks if build.takes_alone else 0}:
+            found = _rows_launch(build, most, tiles, alone, k // GROUP, plain or 0)
+            if found and (best is None or found[0] < best[0]):
+                best = found
     return best[1] if best else None
 
 
@@ -804,7 +880,8 @@ Build = (
     GemmBuild
     | QuantizeBuild
     | HopperGemmBuild
-    | UngroupedGemmBuild
+    | RowsGemmBuild
+    | WideGemmBuild
     | GridGemmBuild
     | Int8QuantizeBuild
     | Int8GemmBuild
@@ -1033,7 +1110,8 @@ def all_builds(capability: int) -> list[Build]:
     builds += [build for bf16 in (True, False) for build in block_builds(bf16)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
-        builds += [build for kind in product((True, False), repeat=2) for build in ungrouped_builds(*kind)]
+        builds += [RowsGemmBuild(*build) for build in product((True, False), ROWS_COLUMNS)]
+        builds += [WideGemmBuild(*build) for build in product((True, False), WIDE_TOKENS)]
         builds += [GridGemmBuild(*build) for build in product((True, False), GRID_HALVES)]
         builds += rows_builds()
     return [build for build in builds if runs_on(build, capability)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from . import library, plan, ungrouped
+from . import library, plan, w8a8
 from .driver import clusters_at_once, grouped_tensor_map, tensor_map
 from .launch import (
     SIXTEEN_BIT,
@@ -27,7 +27,7 @@ from .launch import (
 if TYPE_CHECKING:
     from ..ops.as_int8 import Image
 
-_ARGUMENTS = struct.Struct("128s128s128s5P7i60x")  # aligned to 64 bytes
+_ARGUMENTS = struct.Struct("128s128s128s5P8i56x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _RANKS = 64  # columns of ``down``
 _NAME = "linear_as_int8"
@@ -57,7 +57,7 @@ class _Launches:
             kernel.launch,
             shape.box,
             (m, self.k, *_sizes(shape), (plain or 0) // plan.GROUP),
-            *ungrouped.int8_launch(self.index, m, image.weight, image.weight_scale, image.bias, self.dtype),
+            *w8a8.prepared_launch(self.index, m, image.weight, image.weight_scale, image.bias, self.dtype),
         )
         self.prepared[m, plain] = made
         return made
@@ -80,8 +80,8 @@ def _launches(image: Image) -> _Launches:
     return image.launches
 
 
-def _sizes(shape: plan.RowsLaunch) -> tuple[int, int, int, int]:
-    return shape.boxes, shape.box.bit_length() - 1, shape.ring_boxes, shape.warps
+def _sizes(shape: plan.RowsLaunch) -> tuple[int, int, int, int, int]:
+    return shape.boxes, shape.alone, shape.box.bit_length() - 1, shape.ring_boxes, shape.warps
 
 
 def linear(x: torch.Tensor, image: Image) -> torch.Tensor:

@@ -110,6 +110,21 @@ def test_every_cluster_s_codes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiles", [133, 264, 300, 500])
+def test_rows_of_blocks_of_their_own(tiles: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One and more turns of own rows, none to several of shared ones, the last rows not full."""
+    m, k = tiles * 16 - 5, 1600
+    o, found = operands(m, k, 8, 0, dtype), []
+    gelu = o[0][:, :384].contiguous()[None], o[0][:, 384:][None]
+    layer = as_int8.image(tuple(o[1:9]), *o[9:])
+    for cluster, at_once in ((2, 66), (4, 30)):
+        with only_cluster(monkeypatch, cluster, at_once):
+            assert (plan.rows_launch((at_once,), m, k, 0, True, True).alone > 0) == (cluster == 2)
+            found.append((*rows.quantize(o[0], o[1]), rows.linear_of_gelu(*gelu, layer)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n", [8, 200, 3072])
 @pytest.mark.parametrize(("m", "k"), [(1, 64), (7, 192), (77, 3072), (300, 320), (4608, 3072)])

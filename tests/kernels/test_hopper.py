@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_core.kernels import grid, hopper, plan, rows, ungrouped
+from svdq_core.kernels import grid, hopper, plan, rows, w8a8
 from svdq_core.kernels.launch import Kernel
 from svdq_core.numerics import int4
 from svdq_core.ops import as_int8
@@ -58,14 +58,35 @@ def test_a_grid_s_loop_scales_with_one_instruction(bf16: bool, half: int, tmp_pa
     assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 4
 
 
+@pytest.mark.parametrize(("bf16", "columns"), [(True, 288), (False, 288), (False, 256), (True, 96)])
+def test_loop_of_rows_is_products_and_copies(bf16: bool, columns: int, tmp_path: Path) -> None:
+    build = plan.RowsGemmBuild(bf16, columns)
+    code = list(disassembled(build, plan.HOPPER, tmp_path))
+    loop = sass.main_loop(code, "IGMMA")
+    assert sass.mix(loop)["IGMMA"] == 8 * build.products, "two stages of 128 columns"
+    assert len(loop) < 60 + 40 * build.products
+    assert not {"LDL", "STL"} & set(sass.mix(code))
+    assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 2
+
+
+@pytest.mark.parametrize(("bf16", "tokens"), [(True, 256), (False, 192)])
+def test_loop_of_nvfp4_expands_the_weight(bf16: bool, tokens: int, tmp_path: Path) -> None:
+    code = list(disassembled(plan.WideGemmBuild(bf16, tokens), plan.HOPPER, tmp_path))
+    loop = next(loop for loop in sass.loops(code) if sass.mix(loop)["HGMMA"] == 8)  # two stages of 64 columns
+    assert not {"LDL", "STL"} & set(sass.mix(code))
+    assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 2
+
+
 @pytest.mark.parametrize("multiprocessors", [132, 114, 16])
 def test_tiles_are_all_taken(multiprocessors: int) -> None:
     for m, n in itertools.product((1, 77, 512, 2048, 4608), (8, 3072, 9216, 21504)):
         grid_build = plan.grid_build(multiprocessors, m, n, True)
-        ungrouped_build = plan.ungrouped_build(multiprocessors, m, n, True, False)
+        rows_build = plan.rows_gemm_build(multiprocessors, m, n, True)
+        wide_build = plan.wide_build(multiprocessors, m, n, True)
         for build, tiles in (
             (grid_build, -(-m // 256) * -(-n // grid_build.columns)),
-            (ungrouped_build, -(-m // ungrouped_build.tokens) * -(-n // 256)),
+            (rows_build, -(-m // 256) * -(-n // rows_build.columns)),
+            (wide_build, -(-m // wide_build.tokens) * -(-n // 256)),
         ):
             assert build in plan.all_builds(plan.HOPPER)
             clusters, whole, rounds = build.turns(m, n, multiprocessors)
@@ -84,8 +105,19 @@ def test_a_last_round_is_halved_where_most_would_be_idle() -> None:
     assert turns(4608, 3072)[:2] == (66, 4 * 66)  # of 288
     assert turns(512, 9216)[:2] == (66, 66)  # of 96
     assert turns(512, 3072)[:2] == (32, 32)  # one round anyway
-    assert plan.UngroupedGemmBuild(True, False, 128).turns(77, 3072, 132)[:2] == (24, 0)  # of 12
+    assert plan.RowsGemmBuild(True, 128).turns(77, 3072, 132)[:2] == (48, 0)  # of 24
     assert turns(4608, 21504)[:2] == (66, 2016)  # 30.5 rounds: no room for so many halves
+
+
+def test_tiles_fill_the_card_in_whole_rounds() -> None:
+    def plan_of(m: int, n: int) -> tuple[int, float]:
+        build = plan.rows_gemm_build(132, m, n, True)
+        return build.columns, build.turns(m, n, 132).rounds
+
+    assert plan_of(4608, 3072) == (288, 3)
+    assert plan_of(512, 9216) == (288, 1)
+    assert plan_of(512, 3072) == (96, 1)
+    assert plan_of(2048, 1280) == (160, 1)
 
 
 def test_a_grid_s_tiles_are_wide_where_there_are_many() -> None:
@@ -136,6 +168,8 @@ def test_rows_fit_their_clusters(rotate: bool, rank: int) -> None:
         assert 1 <= launch.warps <= min(groups, build.most_warps)
         assert launch.threads == 32 * (launch.warps + build.other_warps) <= build.threads
         assert launch.boxes <= launch.ring_boxes
+        assert launch.alone % launch.blocks == 0 and launch.alone <= -(-m // build.rows)
+        assert not launch.alone or -(-k // plan.GROUP // launch.box) <= launch.ring_boxes
         assert launch.ring_boxes * build.box_bytes(launch.box) <= launch.shared <= build.shared_bytes()
 
 
@@ -146,6 +180,15 @@ def test_boxes_of_rows_are_plain_or_of_a_gelu(plain: int | None, columns: int) -
         assert launch.build.gelu == (plain is not None)
         assert launch.build in plan.all_builds(plan.HOPPER)
         assert (plain or 0) % (launch.box * plan.GROUP) == 0
+
+
+def test_blocks_have_rows_of_their_own_while_there_are_enough_for_all() -> None:
+    def alone(m: int, k: int) -> int:
+        return plan.rows_launch(AT_ONCE, m, k, 0, True, True).alone
+
+    assert alone(4608, 3072) == 2 * 132  # of 288
+    assert alone(512, 3072) == 0
+    assert alone(4608, 15360) == 0  # 16 rows are more than a block has room for
 
 
 def test_no_rows_fit_what_is_too_long() -> None:
@@ -241,10 +284,10 @@ def test_guard_behind_the_images_can_be_read() -> None:
 def test_an_image_leaves_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once: a card has room for the next model's only when the last one's are gone."""
     kernel = Kernel(lambda *call: None, 0, (1, 1, 1), 1, 0)
-    shape, build = plan.rows_launch(AT_ONCE, 16, 64, 0, True, True), plan.UngroupedGemmBuild(True, False, 256)
+    shape, build = plan.rows_launch(AT_ONCE, 16, 64, 0, True, True), plan.RowsGemmBuild(True, 256)
     monkeypatch.setattr(rows, "_kernel", lambda *asked: (kernel, shape))
-    monkeypatch.setattr(ungrouped, "_kernel", lambda *asked: (build, 1, kernel))
-    monkeypatch.setattr(ungrouped, "tensor_map", lambda *asked: bytes(128))
+    monkeypatch.setattr(w8a8, "_kernel", lambda *asked: (build, 1, kernel))
+    monkeypatch.setattr(w8a8, "tensor_map", lambda *asked: bytes(128))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def image(operands: tuple[torch.Tensor, ...], *form) -> as_int8.Image:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svdq_core.kernels import int8 as kernels
-from svdq_core.kernels import launch, plan, rows, ungrouped
+from svdq_core.kernels import launch, plan, rows, w8a8
 from svdq_core.numerics import int8
 from svdq_core.ops.cuda import register
 from svdq_core.ops.int8 import linear_int8
@@ -93,15 +93,20 @@ def test_ranks(rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="a Hopper kernel"
 )
-@pytest.mark.parametrize("tokens", plan.TOKENS)
-def test_every_width_of_a_tile(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "TOKENS", (tokens,))
-    for cache in (plan.ungrouped_build, ungrouped._kernel):
+@pytest.mark.parametrize("columns", plan.ROWS_COLUMNS)
+def test_every_width_of_a_tile(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that are halved and (of 80 clusters' worth of rows) some that are not, with and without a branch."""
+    monkeypatch.setattr(plan, "ROWS_COLUMNS", (columns,))
+    for cache in (plan.rows_gemm_build, w8a8._kernel):
         cache.cache_clear()
     for dtype in DTYPES:
-        o = operands(3 * tokens + 5, 704, 520, 40, dtype)
-        assert error(linear_int8(**o), exact(o)) < TOLERANCE[dtype]
-    for cache in (plan.ungrouped_build, ungrouped._kernel):
+        for m, n, rank in ((300, 3 * columns + 8, 40), (300, columns - 8, 0), (80 * 256, columns, 0)):
+            o = operands(m, 704, n, rank, dtype)
+            torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+            assert error(linear_int8(**o), exact(o)) < TOLERANCE[dtype]
+            o["bias"] = None
+            assert error(linear_int8(**o), exact(o)) < TOLERANCE[dtype]
+    for cache in (plan.rows_gemm_build, w8a8._kernel):
         cache.cache_clear()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svdq_core.kernels import launch, nvfp4, plan
+from svdq_core.kernels import launch, nvfp4, plan, wide
 from svdq_core.numerics import int4
 from svdq_core.numerics import nvfp4 as numerics
 from svdq_core.ops.cuda import register
@@ -169,6 +169,20 @@ def test_layer(m: int, k: int, n: int, dtype: torch.dtype) -> None:
 def test_ranks(n: int, rank: int, dtype: torch.dtype) -> None:
     o = operands(300, 256, n, rank, dtype)
     assert error(linear_nvfp4(**o), exact(o)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", plan.WIDE_TOKENS)
+def test_every_width_of_a_tile(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not on_hopper():
+        pytest.skip("a Hopper kernel")
+    monkeypatch.setattr(plan, "WIDE_TOKENS", (tokens,))
+    for cache in (plan.wide_build, wide._kernel):
+        cache.cache_clear()
+    for dtype in DTYPES:
+        o = operands(3 * tokens + 5, 704, 528, 40, dtype)
+        assert error(linear_nvfp4(**o), exact(o)) < TOLERANCE[dtype]
+    for cache in (plan.wide_build, wide._kernel):
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

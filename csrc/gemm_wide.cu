@@ -1,11 +1,8 @@
-// y = (sum over K of act . weight) * act_scale[m] * weight_scale[n] + down . proj_up^T + bias
+// y = (sum over K of act . weight) * tensor_scale * channel_scale[n] + down . proj_up^T + bias
 //                                                                            on sm_90a only
 //
-// The product for formats whose sums run over all of K before anything is scaled. Two builds:
-//
-//   int8     both operands are codes, sums are int32
-//   nvfp4    E2M1 codes times E4M3 scales are exact in fp16: the activation comes that way from its
-//            quantizer, the weight stays at 4 bits and is expanded in registers; sums are float32
+// NVFP4, exact: E2M1 codes times E4M3 scales fit in fp16. The activation comes that way from its
+// quantizer, the weight stays at 4 bits and is expanded in registers; sums are float32.
 //
 // The output is computed transposed, weights' rows against tokens' columns, because a warpgroup's
 // product takes its first operand from registers and its second from shared memory only.
@@ -17,57 +14,45 @@
 //   weight   | consumer 1, 64 rows  |
 //            +----------------------+
 //
-// A product has 256 columns at most; a wider tile is two products of half its tokens each.
-//
 // A block runs over the output, tile by tile. The first warpgroup copies (one thread does), the
 // other two compute. A stage is 128 bytes of every token's row:
 //
-//   tokens [kTokens][128 bytes, swizzled]  |  weight [128][128 bytes, swizzled]         int8
-//                                          |  weight [128][32 bytes], scales [4][128]   nvfp4
+//   tokens [kTokens][128 bytes, swizzled]  |  weight [128][32 bytes]  |  scales [4][128]
 //
 // The low-rank branch is one more stage for 64 ranks; proj_up goes to registers directly.
-#include "hopper.cuh"
-
-#ifndef SVDQ_NVFP4  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_NVFP4 1
+#ifndef SVDQ_COLUMNS  // ---- a default build, so that editors and linters see code ----
 #    define SVDQ_COLUMNS 256
-#    define SVDQ_PRODUCTS 1
 #    define SVDQ_STAGES 4
-#    define SVDQ_BUFFERS 4
 #endif
+
+#include "hopper.cuh"
 
 namespace {
 
-constexpr bool kNVFP4 = SVDQ_NVFP4;
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
-constexpr int kProducts = SVDQ_PRODUCTS, kColumns = SVDQ_COLUMNS;  // next to each other
-constexpr int kRows = 64 * kConsumers, kTokens = kProducts * kColumns, kStages = SVDQ_STAGES;
+constexpr int kRows = 64 * kConsumers, kTokens = SVDQ_COLUMNS, kStages = SVDQ_STAGES;
 constexpr int kSums = kTokens / 2;  // of a thread, in 64 x kTokens / 128
-// Whether tokens have factors of their own: of their codes, or of `down` in fp16.
-constexpr bool kTokenFactors = !kNVFP4 || !SVDQ_BF16;
-constexpr u32 kBlocks = 2;  // of a cluster
+constexpr u32 kBlocks = 2;          // of a cluster
 
 constexpr u32 kBytesTokens = kTokens * 128;
-constexpr u32 kBytesWeight = kRows * (kNVFP4 ? 32 : 128), kBytesScales = kNVFP4 ? 4 * kRows : 0;
+constexpr u32 kBytesWeight = kRows * 32, kBytesScales = 4 * kRows;
 constexpr u32 kStageBytes = (kBytesTokens + kBytesWeight + kBytesScales + 1023) / 1024 * 1024;
 // Outputs on their way.
-constexpr int kPiece = 32, kPieces = kTokens / kPiece, kBuffers = SVDQ_BUFFERS;
+constexpr int kPiece = 32, kPieces = kTokens / kPiece, kBuffers = 4;
 constexpr u32 kPieceBytes = kPiece * 128;
 
 struct Arguments {
-    TensorMap act;              // (M, K)
-    TensorMap weight;           // (N, K) int8, or (N, K / 2) of two codes
-    TensorMap scales;           // nvfp4: (K / 16, N) E4M3
+    TensorMap act;              // (M, K) fp16
+    TensorMap weight;           // (N, K / 2) of two codes
+    TensorMap scales;           // (K / 16, N) E4M3
     TensorMap down;             // (M, rank) 16 bits, the rank a multiple of 64
     TensorMap out;              // (M, N) 16 bits
-    const float* act_scale;     // (M,); int8
-    const float* down_scale;    // (M,) or null: powers of two taken out of `down`
-    const float* weight_scale;  // (N,); int8
-    const float* tensor_scale;  // (1,); nvfp4
-    const u16* channel_scale;   // (N,) or null; nvfp4
+    const float* down_scale;    // (M,) or null: powers of two taken out of `down`; fp16 only
+    const float* tensor_scale;  // (1,)
+    const u16* channel_scale;   // (N,) or null
     const u16* proj_up;         // (N, rank)
     const u16* bias;            // (N,) or null
-    int m, n, stages, rank;     // an even number of stages for nvfp4
+    int m, n, stages, rank;     // an even number of stages
     int whole;                  // tiles that are not halved
 };
 
@@ -119,8 +104,8 @@ SVDQ_DEVICE void produce(const Arguments& p, const Shared& shared, const Tiles& 
             if (s < p.stages) {
                 barrier_expect(full, kBytesTokens + kBytesWeight + kBytesScales);
                 tensor_load_shared_by<kBlocks>(mine, p.act, s * 128, token, full);
-                tensor_load(weight, p.weight, s * (kNVFP4 ? 32 : 128), row, full);
-                if (kNVFP4) tensor_load(weight + kBytesWeight, p.scales, row, s * 4, full);
+                tensor_load(weight, p.weight, s * 32, row, full);
+                tensor_load(weight + kBytesWeight, p.scales, row, s * 4, full);
             } else {
                 barrier_expect(full, kBytesTokens);
                 tensor_load_shared_by<kBlocks>(mine, p.down, (s - p.stages) * 128, token, full);
@@ -141,23 +126,6 @@ SVDQ_DEVICE void expand(u32 codes, u32 scale, u32& a0, u32& a1, u32& a2, u32& a3
         pairs[i] = multiply_pairs(
             ((pairs[i] << 9) & 0x0E000E00u) | ((pairs[i] << 12) & 0x80008000u), scale);
     a0 = pairs[0], a1 = pairs[1], a2 = pairs[2], a3 = pairs[3];
-}
-
-#if SVDQ_NVFP4
-using Sum = float;
-#else
-using Sum = int;
-#endif
-
-// A product's columns of a thread's sums, and its tokens' operand.
-template <class S>
-using ProductSums = S[kColumns / 2];
-template <class S>
-SVDQ_DEVICE ProductSums<S>& sums_of(S (&sum)[kSums], int product) {
-    return *(ProductSums<S>*)(sum + product * (kColumns / 2));
-}
-SVDQ_DEVICE u64 tokens_of(u64 tokens, int product) {
-    return tokens + (product * kColumns * 128 >> 4);
 }
 
 struct Consumer {
@@ -208,29 +176,15 @@ struct Consumer {
 
     // One stage; when it returns its products may still run, those of the stage before do not.
     template <bool First>
-    SVDQ_DEVICE void stage(Sum (&sum)[kSums], u32 (&a)[16], bool keep, u32 before) {
+    SVDQ_DEVICE void stage(float (&sum)[kSums], u32 (&a)[16], bool keep, u32 before) {
         take_slot();
         const u64 tokens = operand(shared.stage(ring.slot));
-#if SVDQ_NVFP4
         fragments(a);
         products_fence();
-#    pragma unroll
-        for (int i = 0; i < 4 * kProducts; ++i) {
-            const int step = i / kProducts, product = i % kProducts;
-            multiply_16bit<Fp16>(sums_of(sum, product), a[4 * step], a[4 * step + 1],
-                                 a[4 * step + 2], a[4 * step + 3],
-                                 tokens_of(tokens, product) + 2 * step, keep || step > 0);
-        }
-#else
-        const u64 weight = operand(shared.stage(ring.slot) + kBytesTokens + index * 64 * 128);
-        products_fence();
-#    pragma unroll
-        for (int i = 0; i < 4 * kProducts; ++i) {
-            const int step = i / kProducts, product = i % kProducts;
-            multiply_int8(sums_of(sum, product), weight + 2 * step,
-                          tokens_of(tokens, product) + 2 * step, keep || step > 0);
-        }
-#endif
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            multiply_16bit<Fp16>(sum, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
+                                 tokens + 2 * i, keep || i > 0);
         products_commit();
         if (!First) {
             products_wait<1>();
@@ -239,7 +193,7 @@ struct Consumer {
         ring.advance();
     }
 
-    SVDQ_DEVICE void multiply(Sum (&sum)[kSums]) {
+    SVDQ_DEVICE void multiply(float (&sum)[kSums]) {
         u32 a[2][16], before = ring.slot;
         stage<true>(sum, a[0], false, 0);
 #pragma unroll 1
@@ -259,62 +213,53 @@ struct Consumer {
     // What the epilogue needs of a tile, fetched early: of this thread's rows, and of some tokens.
     struct Factors {
         static constexpr int kShare = (kTokens + 127) / 128;
-        float weight[2], bias[2], before[kShare], after[kShare];
+        float weight[2], bias[2], after[kShare];
 
         SVDQ_DEVICE Factors(const Arguments& p, int first_row, int first_token) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int n = first_row + 8 * i;
                 const bool valid = n < p.n;
-#if SVDQ_NVFP4
                 weight[i] = p.tensor_scale[0] * 16384.f;  // expand() left a factor of 2^-14
                 if (valid && p.channel_scale) weight[i] *= T::low(p.channel_scale[n]);
-#else
-                weight[i] = valid ? p.weight_scale[n] : 0.f;
-#endif
                 bias[i] = valid && p.bias ? T::low(p.bias[n]) : 0.f;
             }
 #pragma unroll
             for (int i = 0; i < kShare; ++i) {
                 const int token = first_token + i * 128 + threadIdx.x % 128;
-                before[i] = after[i] = 1.f;
-                if (token < p.m) {
-                    if (!kNVFP4) before[i] = p.act_scale[token];
-                    if (p.down_scale) {
-                        after[i] = p.down_scale[token];
-                        before[i] /= after[i];
-                    }
-                }
+                after[i] = token < p.m && p.down_scale ? p.down_scale[token] : 1.f;
             }
         }
     };
 
-    // sum, scaled; the tokens' factors pass through shared memory, where outputs will be staged.
-    SVDQ_DEVICE void scale(float (&result)[kSums], const Sum (&sum)[kSums],
-                           const Factors& f) const {
-        const u32 staged = shared.output(index);
+    // One over `down`'s factor and the factor, of two of this thread's tokens; they pass through
+    // where outputs will be staged.
+    SVDQ_DEVICE uint4 token_factors(int j) const {
+        return load_shared16(shared.output(index) + (8 * j + lane % 4 * 2) * 8);
+    }
+
+    // sum, scaled; in fp16 relative to what `down` is.
+    SVDQ_DEVICE void scale(float (&sum)[kSums], const Factors& f) const {
         if (threadIdx.x % 128 == 0) tensor_store_wait<0>();
         warpgroup_sync(index);
-        if (!kTokenFactors) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i)
-                result[i] = (float)sum[i] * f.weight[i / 2 % 2];
-            return;
-        }
+        for (int i = 0; i < kSums; ++i)
+            sum[i] *= f.weight[i / 2 % 2];
+        if (T::kIsBf16) return;
 #pragma unroll
         for (int i = 0; i < Factors::kShare; ++i) {
             const u32 token = i * 128 + threadIdx.x % 128;
             if (token < kTokens)
-                store_shared8(staged + token * 8, as_bits(f.before[i]), as_bits(f.after[i]));
+                store_shared8(shared.output(index) + token * 8, as_bits(1.f / f.after[i]),
+                              as_bits(f.after[i]));
         }
         warpgroup_sync(index);
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
-            const uint4 tokens = load_shared16(staged + (8 * j + lane % 4 * 2) * 8);
+            const uint4 tokens = token_factors(j);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                result[4 * j + i] = (float)sum[4 * j + i] *
-                                    (as_float(i % 2 ? tokens.z : tokens.x) * f.weight[i / 2]);
+                sum[4 * j + i] *= as_float(i % 2 ? tokens.z : tokens.x);
         }
     }
 
@@ -338,11 +283,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (block * 64 + i * 16 < p.rank)
-#pragma unroll
-                    for (int product = 0; product < kProducts; ++product)
-                        multiply_16bit<T>(sums_of(result, product), a[4 * i], a[4 * i + 1],
-                                          a[4 * i + 2], a[4 * i + 3],
-                                          tokens_of(tokens, product) + 2 * i, true);
+                    multiply_16bit<T>(result, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3],
+                                      tokens + 2 * i, true);
             products_commit();
             products_wait<0>();
             products_fence_sums(result);
@@ -359,7 +301,7 @@ struct Consumer {
         if (!T::kIsBf16) {
 #pragma unroll
             for (int j = 0; j < kTokens / 8; ++j) {
-                const uint4 tokens = load_shared16(staged + (8 * j + lane % 4 * 2) * 8);
+                const uint4 tokens = token_factors(j);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     result[4 * j + i] *= as_float(i % 2 ? tokens.w : tokens.y);
@@ -369,8 +311,8 @@ struct Consumer {
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
             const u32 buffer = staged + piece % kBuffers * kPieceBytes;
-            if (piece >= kBuffers || (kTokenFactors && T::kIsBf16 && piece == 0)) {
-                if (piece >= kBuffers && threadIdx.x % 128 == 0) tensor_store_wait<kBuffers - 1>();
+            if (piece >= kBuffers) {
+                if (threadIdx.x % 128 == 0) tensor_store_wait<kBuffers - 1>();
                 warpgroup_sync(index);
             }
 #pragma unroll
@@ -396,7 +338,7 @@ struct Consumer {
 }  // namespace
 
 extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
-    svdq_gemm_ungrouped(const __grid_constant__ Arguments p) {
+    svdq_gemm_wide(const __grid_constant__ Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
     const Shared shared{shared_address(memory)};
     const Tiles tiles(p);
@@ -425,14 +367,13 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
             }
             const int row = tiles.row(turn), token = tiles.token(turn);
             const Consumer::Factors factors(p, row + consumer.row, token);
-            Sum sum[kSums];
-            float result[kSums];
+            float sum[kSums];
             u32 up[16];
             consumer.fetch_up(up, 0, row + consumer.row);
             consumer.multiply(sum);
-            consumer.scale(result, sum, factors);
-            consumer.low_rank(result, up, row + consumer.row);
-            consumer.store(result, factors, row + consumer.index * 64, token);
+            consumer.scale(sum, factors);
+            consumer.low_rank(sum, up, row + consumer.row);
+            consumer.store(sum, factors, row + consumer.index * 64, token);
         }
         if (threadIdx.x % 128 == 0) tensor_store_wait<0>();
     }
