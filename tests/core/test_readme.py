@@ -123,7 +123,7 @@ def test_speed_of_other_precisions():
     for mean in result["geometric_mean_over_16bit_flux"].values():
         assert f"{mean:.2f}x" in text
     assert (
-        f"{100 * abs(result['lora']['cost']):.1f} % to their time, {result['lora']['flux_step_us'] / 1e3:.0f} ms"
+        f"moves their time, {result['lora']['flux_step_us'] / 1e3:.0f} ms a step, by {100 * abs(result['lora']['cost']):.1f} %"
         in text
     )
 
