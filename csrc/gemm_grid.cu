@@ -94,22 +94,7 @@ struct Shared {
     }
 };
 
-// The tiles of a cluster: a tile of columns, and two of rows.
-struct Tiles {
-    int pairs;
-    Turns turns;
-
-    SVDQ_DEVICE explicit Tiles(const Arguments& p)
-        : pairs((p.m + kBlocks * kRows - 1) / (kBlocks * kRows)),
-          turns(pairs * ((p.n + kColumns - 1) / kColumns), p.whole) {}
-    SVDQ_DEVICE int row(int turn) const {
-        const int pair = turns.tile(turn) % pairs;
-        return (pair * kBlocks + blockIdx.x % kBlocks) * kRows + turns.skipped(turn);
-    }
-    SVDQ_DEVICE int column(int turn) const {
-        return turns.tile(turn) / pairs * kColumns;
-    }
-};
+using Tiles = PairedTiles<kBlocks, kRows, kColumns>;
 
 SVDQ_DEVICE void produce(const Arguments& p, const Shared& shared, const Tiles& tiles) {
     constexpr int kShare = kColumns / kBlocks;
@@ -367,7 +352,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     svdq_gemm_grid(const __grid_constant__ Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
     const Shared shared{shared_address(memory)};
-    const Tiles tiles(p);
+    const Tiles tiles(p.m, p.n, p.whole);
 
     if (threadIdx.x == 0) {
         for (u32 slot = 0; slot < kStages; ++slot) {

@@ -80,22 +80,7 @@ struct Shared {
 
 constexpr u32 kFactors = kStages;  // the number of the barriers for scales and biases
 
-// The tiles of a cluster: a tile of columns, and two of rows.
-struct Tiles {
-    int pairs;
-    Turns turns;
-
-    SVDQ_DEVICE explicit Tiles(const Arguments& p)
-        : pairs((p.m + kBlocks * kRows - 1) / (kBlocks * kRows)),
-          turns(pairs * ((p.n + kWidth - 1) / kWidth), p.whole) {}
-    SVDQ_DEVICE int row(int turn) const {
-        const int pair = turns.tile(turn) % pairs;
-        return (pair * kBlocks + blockIdx.x % kBlocks) * kRows + turns.skipped(turn);
-    }
-    SVDQ_DEVICE int column(int turn) const {
-        return turns.tile(turn) / pairs * kWidth;
-    }
-};
+using Tiles = PairedTiles<kBlocks, kRows, kWidth>;
 
 SVDQ_DEVICE void produce(const Arguments& p, const Shared& shared, const Tiles& tiles) {
     constexpr int kShare = kWidth / kBlocks;
@@ -343,7 +328,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     svdq_gemm_rows(const __grid_constant__ Arguments p) {
     extern __shared__ __align__(1024) u8 memory[];
     const Shared shared{shared_address(memory)};
-    const Tiles tiles(p);
+    const Tiles tiles(p.m, p.n, p.whole);
 
     if (threadIdx.x == 0) {
         for (u32 slot = 0; slot < kStages; ++slot) {

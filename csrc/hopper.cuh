@@ -89,6 +89,24 @@ struct Turns {
     }
 };
 
+// Of an output, as a cluster takes them: a tile of columns, and two of rows above each other.
+template <u32 Blocks, int Rows, int Columns>
+struct PairedTiles {
+    int pairs;
+    Turns turns;
+
+    SVDQ_DEVICE PairedTiles(int m, int n, int whole)
+        : pairs((m + Blocks * Rows - 1) / (Blocks * Rows)),
+          turns(pairs * ((n + Columns - 1) / Columns), whole) {}
+    SVDQ_DEVICE int row(int turn) const {
+        const int pair = turns.tile(turn) % pairs;
+        return (pair * Blocks + blockIdx.x % Blocks) * Rows + turns.skipped(turn);
+    }
+    SVDQ_DEVICE int column(int turn) const {
+        return turns.tile(turn) / pairs * Columns;
+    }
+};
+
 // ---- tensors, described by the host (cuTensorMapEncodeTiled) ------------------------------------
 
 struct alignas(64) TensorMap {

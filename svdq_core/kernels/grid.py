@@ -11,7 +11,7 @@ import torch
 from ..numerics import int4
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, QuantizerOutputs, card, kernel_of, launch_quantizer, on, pad_rank
+from .launch import Kernel, QuantizerOutputs, card, kernel_in_turns, launch_quantizer, on, pad_rank
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s128s3P7i12x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
@@ -138,7 +138,5 @@ def multiply(
 @lru_cache(maxsize=4096)
 def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.GridGemmBuild, int, Kernel]:
     """The build, how many tiles are not halved, and the kernel."""
-    multiprocessors = card(index)[1]
-    build = plan.grid_build(multiprocessors, m, n, bf16)
-    turns = build.turns(m, n, multiprocessors)
-    return build, turns.whole, kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
+    build = plan.grid_build(card(index)[1], m, n, bf16)
+    return build, *kernel_in_turns(index, build, m, n)

@@ -65,6 +65,18 @@ def kernel_of(index: int, build: plan.Build, grid: tuple[int, int, int], shared:
     return Kernel(driver.launcher().launch, function, grid, build.threads, shared)
 
 
+def kernel_in_turns(index: int, build, m: int, n: int) -> tuple[int, Kernel]:
+    """A build whose clusters take an (m, n) output's tiles in turn: how many are not halved, and the kernel."""
+    turns = build.turns(m, n, card(index)[1])
+    grid = turns.clusters * build.cluster, 1, 1
+    return turns.whole, kernel_of(index, build, grid, build.shared_bytes())
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Where an operand is; 0 for one that a layer does not have."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @lru_cache(maxsize=4096)
 def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> Kernel:
     build = plan.gemm_build(*card(index), m, n, bf16, unsigned, epilogue)

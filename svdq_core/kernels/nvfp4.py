@@ -27,6 +27,7 @@ from .launch import (
     kernel_of,
     on,
     pad_rank,
+    pointer,
     zero_counters,
 )
 
@@ -371,27 +372,23 @@ def _multiply(
         else:
             kernel = kernel_of(index, build, build.grid(m, n), build.shared_bytes())
         stream = torch._C._cuda_getCurrentRawStream(index)
-        next_ranks, next_pointers = (0, 0), (0,) * 8
+        next_ranks, nextpointers = (0, 0), (0,) * 8
         if following is not None:
             next_ranks = following.sums.shape[1], following.down.shape[1]
             # One counter for each tile of rows, of which the lowest tile has the most.
             counters = zero_counters(codes, stream, -(-m // plan.MEDIUM.bm))
-            next_pointers = *map(_pointer, following), counters.data_ptr()
+            nextpointers = *map(pointer, following), counters.data_ptr()
         kernel.launch(
             stream,
             _GEMM.pack(
-                *map(_pointer, (codes, scale, down, down_scale, weight, weight_scale, weight_tensor_scale)),
-                *map(_pointer, (weight_channel_scale, proj_up, bias, out)),
+                *map(pointer, (codes, scale, down, down_scale, weight, weight_scale, weight_tensor_scale)),
+                *map(pointer, (weight_channel_scale, proj_up, bias, out)),
                 m,
                 n,
                 k,
                 proj_up.shape[1],
                 down.shape[1],
                 *next_ranks,
-                *next_pointers,
+                *nextpointers,
             ),
         )
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

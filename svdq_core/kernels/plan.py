@@ -220,8 +220,30 @@ def _turns(tiles: int, clusters: int, half: float) -> Turns:
     return Turns(min(clusters, tiles), tiles, _ceil(tiles, clusters))
 
 
+class _InTurns:
+    """A GEMM on Hopper whose blocks, in clusters, take tiles in turn and have as many stages as fit.
+
+    Attributes:
+        _stage_bytes: of a stage, with its barriers.
+        _ends: bytes of what a tile's end needs.
+    """
+
+    rows, cluster, threads = 128, 2, 384
+    _stage_bytes: int
+    _ends: int
+
+    @property
+    def stages(self) -> int:
+        """As many as fit."""
+        return (HOPPER_SHARED - self._ends) // self._stage_bytes
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory."""
+        return self.stages * self._stage_bytes + self._ends
+
+
 @dataclass(frozen=True)
-class RowsGemmBuild:
+class RowsGemmBuild(_InTurns):
     """One build of ``csrc/gemm_rows.cu``: an output tile is 128 tokens by so many columns."""
 
     bf16: bool
@@ -229,7 +251,6 @@ class RowsGemmBuild:
 
     source = "gemm_rows.cu"
     entry = "svdq_gemm_rows"
-    rows, cluster, threads = 128, 2, 384
     piece = 16, 32  # rows and columns that are stored together
 
     @property
@@ -251,15 +272,6 @@ class RowsGemmBuild:
     @property
     def _stage_bytes(self) -> int:
         return (self.rows + self.columns) * 128 + 16
-
-    @property
-    def stages(self) -> int:
-        """As many as fit."""
-        return (HOPPER_SHARED - self._ends) // self._stage_bytes
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: the stages with their barriers, and what a tile's end needs."""
-        return self.stages * self._stage_bytes + self._ends
 
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""
@@ -293,7 +305,7 @@ def rows_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> RowsGem
 
 
 @dataclass(frozen=True)
-class WideGemmBuild:
+class WideGemmBuild(_InTurns):
     """One build of ``csrc/gemm_wide.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
 
     bf16: bool
@@ -301,25 +313,16 @@ class WideGemmBuild:
 
     source = "gemm_wide.cu"
     entry = "svdq_gemm_wide"
-    rows, cluster, threads = 128, 2, 384
     buffers = 4  # pieces of 32 tokens that a consumer has on their way out
 
     @property
-    def _outputs(self) -> int:
+    def _ends(self) -> int:
+        """Outputs on their way out."""
         return 2 * self.buffers * 32 * 128
 
     @property
     def _stage_bytes(self) -> int:
         return _ceil(self.tokens * 128 + self.rows * (32 + 4), 1024) * 1024 + 16
-
-    @property
-    def stages(self) -> int:
-        """As many as fit."""
-        return (HOPPER_SHARED - self._outputs) // self._stage_bytes
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: the stages with their barriers, outputs on their way out."""
-        return self.stages * self._stage_bytes + self._outputs
 
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""
@@ -347,7 +350,7 @@ def wide_build(multiprocessors: int, m: int, n: int, bf16: bool) -> WideGemmBuil
 
 
 @dataclass(frozen=True)
-class GridGemmBuild:
+class GridGemmBuild(_InTurns):
     """One build of ``csrc/gemm_grid.cu``: an output tile is 128 tokens by two halves of ``half`` columns."""
 
     bf16: bool
@@ -355,7 +358,6 @@ class GridGemmBuild:
 
     source = "gemm_grid.cu"
     entry = "svdq_gemm_grid"
-    rows, cluster, threads = 128, 2, 384
     piece = 48  # columns that are stored together
 
     @property
@@ -371,15 +373,6 @@ class GridGemmBuild:
     def _ends(self) -> int:
         """Outputs on their way out, and their columns' units and bias."""
         return self.rows * self.columns * 2 + 2 * self.columns * 8
-
-    @property
-    def stages(self) -> int:
-        """As many as fit."""
-        return (HOPPER_SHARED - self._ends) // self._stage_bytes
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: the stages with their barriers, and what a tile's end needs."""
-        return self.stages * self._stage_bytes + self._ends
 
     def turns(self, m: int, n: int, multiprocessors: int) -> Turns:
         """How a launch's clusters take the tiles of an (m, n) output."""

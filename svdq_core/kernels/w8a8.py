@@ -14,7 +14,7 @@ import torch
 
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_of, on, pad_rank
+from .launch import Kernel, card, kernel_in_turns, on, pad_rank, pointer
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s4P5i12x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
@@ -61,9 +61,9 @@ def multiply(
                 tensor_map(proj_up.data_ptr(), n, 2 * rank, share, _BOX, True) if rank else _NO_MAP,
                 _out_map(build, out.data_ptr(), m, n),
                 act_scale.data_ptr(),
-                _pointer(down_scale),
+                pointer(down_scale),
                 weight_scale.data_ptr(),
-                _pointer(bias),
+                pointer(bias),
                 m,
                 n,
                 _stages(k),
@@ -91,7 +91,7 @@ def prepared_launch(
     n, k = weight.shape
     build, whole, kernel = _kernel(index, m, n, dtype == torch.bfloat16)
     weight_map = tensor_map(weight.data_ptr(), n, k, build.columns // build.cluster, _BOX, True)
-    constant = 0, weight_scale.data_ptr(), _pointer(bias), m, n, _stages(k), 0, whole
+    constant = 0, weight_scale.data_ptr(), pointer(bias), m, n, _stages(k), 0, whole
 
     def arguments(codes: int, act_scale: int, out: int) -> bytes:
         return _ARGUMENTS.pack(
@@ -107,9 +107,9 @@ def prepared_launch(
     return kernel.launch, arguments
 
 
-def _out_map(build: plan.RowsGemmBuild, pointer: int, m: int, n: int) -> bytes:
+def _out_map(build: plan.RowsGemmBuild, out: int, m: int, n: int) -> bytes:
     rows, columns = build.piece
-    return tensor_map(pointer, m, 2 * n, rows, 2 * columns, True)
+    return tensor_map(out, m, 2 * n, rows, 2 * columns, True)
 
 
 def _stages(k: int) -> int:
@@ -121,12 +121,6 @@ def _stages(k: int) -> int:
 @lru_cache(maxsize=4096)
 def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.RowsGemmBuild, int, Kernel]:
     """The build, how many tiles are not halved, and the kernel."""
-    multiprocessors = card(index)[1]
-    build = plan.rows_gemm_build(multiprocessors, m, n, bf16)
-    turns = build.turns(m, n, multiprocessors)
-    kernel = kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
-    return build, turns.whole, kernel._replace(early=True)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    build = plan.rows_gemm_build(card(index)[1], m, n, bf16)
+    whole, kernel = kernel_in_turns(index, build, m, n)
+    return build, whole, kernel._replace(early=True)

@@ -13,7 +13,7 @@ import torch
 
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_of, on, pad_rank
+from .launch import Kernel, card, kernel_in_turns, on, pad_rank, pointer
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s5P5i4x")  # aligned to 64 bytes
 _BOX = 128  # bytes of a row in a stage
@@ -62,11 +62,11 @@ def multiply(
                 tensor_map(weight_scale.data_ptr(), k // 16, n, 4, build.rows, False),
                 tensor_map(down.data_ptr(), m, 2 * down.shape[1], box, _BOX, True) if rank else bytes(128),
                 tensor_map(out.data_ptr(), m, 2 * n, 32, _BOX, True),
-                _pointer(down_scale),
+                pointer(down_scale),
                 weight_tensor_scale.data_ptr(),
-                _pointer(weight_channel_scale),
+                pointer(weight_channel_scale),
                 proj_up.data_ptr(),
-                _pointer(bias),
+                pointer(bias),
                 m,
                 n,
                 stages + stages % 2,
@@ -80,12 +80,6 @@ def multiply(
 @lru_cache(maxsize=4096)
 def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.WideGemmBuild, int, Kernel]:
     """The build, how many tiles are not halved, and the kernel."""
-    multiprocessors = card(index)[1]
-    build = plan.wide_build(multiprocessors, m, n, bf16)
-    turns = build.turns(m, n, multiprocessors)
-    kernel = kernel_of(index, build, (turns.clusters * build.cluster, 1, 1), build.shared_bytes())
-    return build, turns.whole, kernel._replace(early=True)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    build = plan.wide_build(card(index)[1], m, n, bf16)
+    whole, kernel = kernel_in_turns(index, build, m, n)
+    return build, whole, kernel._replace(early=True)

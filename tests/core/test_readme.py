@@ -122,10 +122,8 @@ def test_speed_of_other_precisions():
     assert f"{result['modulations_together'][0]['bytes'] / 1e9:.2f} GB of weights" in text
     for mean in result["geometric_mean_over_16bit_flux"].values():
         assert f"{mean:.2f}x" in text
-    assert (
-        f"moves their time, {result['lora']['flux_step_us'] / 1e3:.0f} ms a step, by {100 * abs(result['lora']['cost']):.1f} %"
-        in text
-    )
+    lora = result["lora"]
+    assert f"moves their time, {lora['flux_step_us'] / 1e3:.0f} ms a step, by {100 * abs(lora['cost']):.1f} %" in text
 
 
 def test_int4_speed():
