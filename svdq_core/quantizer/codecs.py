@@ -183,7 +183,6 @@ class AWQ(Codec):
     """``awq_w4a16``."""
 
     _SHRINKS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's range, tried below and above its middle
-    _REFITS = 4  # of the best one, to its own codes: more bring next to nothing
 
     def scales(self, weight, dtype, reach=1.0):
         reach = torch.as_tensor(reach, device=weight.device).unsqueeze(-1)
@@ -192,38 +191,19 @@ class AWQ(Codec):
     def fitted_scales(self, weight, dtype, importance):
         groups, importance = (t.unflatten(-1, (-1, awq.GROUP_SIZE)) for t in (weight, importance))
         best = None
-
-        def take(scale: torch.Tensor, zero: torch.Tensor) -> None:
-            nonlocal best
+        for below, above in itertools.product(self._SHRINKS, repeat=2):
+            scale, zero = self._range(groups, dtype, below, above)
             values = awq.dequantize(self._codes(groups, scale, zero).flatten(-2), scale, zero).view_as(groups)
             found = (values.sub_(groups).square_().mul_(importance)).sum(dim=-1), scale, zero
             best = best or found
             better = found[0] < best[0]
             best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-
-        for below, above in itertools.product(self._SHRINKS, repeat=2):
-            take(*self._range(groups, dtype, below, above))
-        for _ in range(self._REFITS):
-            take(*self._refitted(groups, importance, *best[1:]))
         return self._named(*best[1:])
 
     @staticmethod
     def _codes(groups, scale, zero):
         step, centre = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
         return awq.encode(torch.where(step > 0, (groups - centre) / step, 0.0))
-
-    def _refitted(self, groups, importance, scale, zero):
-        """Scale and zero that are off least (weighted least squares) for the codes that these give."""
-        steps = awq.decode(self._codes(groups, scale, zero))
-        weighted = steps * importance
-        weight, first, second = importance.sum(dim=-1), weighted.sum(dim=-1), (weighted * steps).sum(dim=-1)
-        value, product = (groups * importance).sum(dim=-1), (groups * weighted).sum(dim=-1)
-        spread = weight * second - first.square()
-        fitted = torch.where(
-            spread > 1e-6 * weight * second, (weight * product - first * value) / spread, scale.float()
-        )
-        fitted = fitted.to(scale.dtype)
-        return fitted, ((value - fitted.float() * first) / weight).nan_to_num(0, 0, 0).to(zero.dtype)
 
     @staticmethod
     def _range(groups, dtype, below, above):

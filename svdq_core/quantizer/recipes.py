@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 
 from ..errors import LayerError
-from ..formats.comfy_quant import K_MULTIPLE, SVDQUANT_W4A4, LayerSpec
+from ..formats.comfy_quant import AWQ_W4A16, K_MULTIPLE, SVDQUANT_W4A4, LayerSpec
 from ..layers import SVDQLinear
 from ..numerics import hadamard
-from . import rounding, smoothing
+from . import descent, rounding, smoothing
 from .codecs import Codec, codec_of
 from .lowrank import truncated_svd
 from .moments import InputMoments
@@ -110,30 +110,54 @@ def quantize_layer(
 
 
 def _weight_only(spec, weight, bias, statistics) -> dict[str, torch.Tensor]:
-    """The tensors of a layer whose activations stay in 16 bits, rounded to nearest whatever the recipe.
+    """The tensors of a layer whose activations stay in 16 bits, whatever the recipe.
 
-    What calibration saw of its input decides which errors matter: groups' ranges are fitted to how much each
-    channel varies, and the bias takes up what the error is on average. GPTQ was tried on modulations: it fits the
-    few embeddings that calibration sees, images get no closer.
+    What calibration saw of its input decides which errors matter, as far as it can be believed (``descent``), and the
+    bias takes up what the error is on average.
     """
     codec = codec_of(spec)
     if statistics is None:
         scales = codec.scales(weight, spec.dtype)
+        codes = _nearest(weight, codec, scales)
     else:
         inputs = statistics.sample.to(weight.device).float()
-        scales = codec.fitted_scales(weight, spec.dtype, inputs.var(dim=0, correction=0))
-    step, offset = codec.step(scales), codec.offset(scales)
-    centred = weight
-    if offset is not None:
-        centred = weight - offset.repeat_interleave(weight.shape[1] // offset.shape[1], dim=1)
-    codes = rounding.round_to_nearest(centred, codec, step)
+        covariance = descent.shrunk_covariance(inputs)
+        scales = codec.fitted_scales(weight, spec.dtype, covariance.diagonal())
+        if spec.format == AWQ_W4A16:
+            codes, scales = _descended(weight, scales, covariance)
+        else:
+            codes = _nearest(weight, codec, scales)
     tensors = {"weight": codec.pack(codes), **scales}
     if bias is None:
         return tensors
     bias = bias.float()
     if statistics is not None:
-        bias = bias - (rounding.dequantize(codes, codec, step) - centred) @ inputs.mean(dim=0)
+        offset = codec.offset(scales)
+        wrong = rounding.dequantize(codes, codec, codec.step(scales)) - weight
+        if offset is not None:
+            wrong += _of_groups(offset, weight)
+        bias = bias - wrong @ inputs.mean(dim=0)
     return tensors | {"bias": bias.to(spec.dtype)}
+
+
+def _nearest(weight: torch.Tensor, codec: Codec, scales: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(N, K) int8 codes of a weight-only layer."""
+    offset = codec.offset(scales)
+    centred = weight if offset is None else weight - _of_groups(offset, weight)
+    return rounding.round_to_nearest(centred, codec, codec.step(scales))
+
+
+def _of_groups(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(N, K) of (N, groups)."""
+    return values.repeat_interleave(weight.shape[1] // values.shape[1], dim=1)
+
+
+def _descended(
+    weight: torch.Tensor, scales: dict[str, torch.Tensor], covariance: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    names = "weight_scale", "weight_zero"
+    codes, *ranges = descent.descend(weight, *(scales[name].t() for name in names), covariance)
+    return codes, {name: values.t().contiguous() for name, values in zip(names, ranges, strict=True)}
 
 
 @dataclass(frozen=True)

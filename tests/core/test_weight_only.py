@@ -1,5 +1,7 @@
 """The codecs of weight-only formats: AWQ's asymmetric groups and NF4's quantiles."""
 
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from svdq_core.numerics import awq, int4, nf4
+from svdq_core.quantizer import descent
 from svdq_core.quantizer.codecs import AWQ
 from svdq_core.quantizer.rounding import round_to_nearest
 
@@ -108,4 +111,73 @@ def test_fitted_groups_are_closer_than_any_range_of_theirs(dtype):
 
     fitted = error(codec.fitted_scales(weight, dtype, importance))
     ranges = min(error(codec.scales(weight, dtype, reach)) for reach in (1.0, 0.9, 0.8, 0.7))
-    assert fitted < 0.75 * ranges
+    assert fitted < 0.9 * ranges
+
+
+def embeddings(rows: int, seed: int) -> torch.Tensor:
+    """(rows, 256) inputs like a modulation's: a few directions in common, and something of each channel's own."""
+    random = torch.Generator().manual_seed(0)
+    directions = torch.randn((6, 256), generator=random)
+    random.manual_seed(seed)
+    common = torch.randn((rows, 6), generator=random) @ directions
+    return common + 0.5 * torch.randn((rows, 256), generator=random) + 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_descent_brings_outputs_of_unseen_inputs_closer(dtype):
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn((96, 256), generator=random) * 0.05
+    weight[3, 64:128], weight[5] = 0.25, 0.0  # groups without any spread
+    seen, unseen = embeddings(128, 2), embeddings(512, 3)
+    covariance = descent.shrunk_covariance(seen)
+    scales = AWQ().fitted_scales(weight, dtype, covariance.diagonal())
+    ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
+    nearest = awq.encode(steps_of(weight, *ranges))
+    codes, *fitted = descent.descend(weight, *ranges, covariance)
+
+    def error(codes: torch.Tensor, ranges: Sequence[torch.Tensor], inputs: torch.Tensor) -> float:
+        wrong = awq.dequantize(codes, *ranges) - weight
+        return ((inputs - seen.mean(dim=0)) @ wrong.t()).square().sum().item()
+
+    assert codes.dtype == torch.int8 and codes.min() >= 0 and codes.max() <= 15
+    assert all(values.dtype == dtype and torch.isfinite(values).all() for values in fitted)
+    assert error(codes, fitted, seen) < 0.3 * error(nearest, ranges, seen)
+    assert error(codes, fitted, unseen) < 0.6 * error(nearest, ranges, unseen)
+
+
+def test_descent_never_ends_higher():
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randn((32, 128), generator=random)
+    square = torch.randn((128, 128), generator=random)
+    metric = square @ square.t() / 128 + 0.01 * torch.eye(128)
+    scales = AWQ().scales(weight, torch.bfloat16)
+    ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
+    start = awq.dequantize(awq.encode(steps_of(weight, *ranges)), *ranges) - weight
+    codes, *fitted = descent.descend(weight, *ranges, metric)
+    end = awq.dequantize(codes, *fitted) - weight
+    before, after = (((wrong @ metric) * wrong).sum(dim=1) for wrong in (start, end))
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() < 0.6 * before.sum()
+
+
+def test_channels_that_never_change_cost_nothing_to_get_wrong_but_stay_finite():
+    inputs = torch.ones(40, 128)
+    covariance = descent.shrunk_covariance(inputs)
+    assert torch.equal(covariance, torch.eye(128))
+    inputs[:, :64] += torch.randn((40, 64), generator=torch.Generator().manual_seed(5))
+    assert (descent.shrunk_covariance(inputs).diagonal() > 0).all()
+
+
+@pytest.mark.gpu
+def test_descent_on_a_card_ends_as_low():
+    random = torch.Generator().manual_seed(6)
+    weight, covariance = torch.randn((200, 256), generator=random), descent.shrunk_covariance(embeddings(128, 7))
+    scales = AWQ().fitted_scales(weight, torch.bfloat16, covariance.diagonal())
+    operands = weight, scales["weight_scale"].t(), scales["weight_zero"].t(), covariance
+
+    def cost(device: str) -> float:
+        codes, *ranges = (found.cpu() for found in descent.descend(*(operand.to(device) for operand in operands)))
+        wrong = awq.dequantize(codes, *ranges) - weight
+        return ((wrong @ covariance) * wrong).sum().item()
+
+    assert cost("cuda") == pytest.approx(cost("cpu"), rel=0.01)
