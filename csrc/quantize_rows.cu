@@ -449,17 +449,17 @@ SVDQ_DEVICE void tell(const Arguments& p, const Shared& shared, const Part& shar
                 top = fmaxf(top, as_float(load_shared4(shared.largest_of_warp(rows.turn, warp) +
                                                        lane % 8 * 8 + lane / 8 * 4)));
         const bool alone = kCluster == 1 || rows.alone();
+        const u32 told_turn = kAlone ? rows.told_turn : rows.turn;
         if (!alone) {
             const u32 four = lane % 4 * 4;
             const uint4 tops = make_uint4(as_bits(__shfl_sync(0xFFFFFFFFu, top, four)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 1)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 2)),
                                           as_bits(__shfl_sync(0xFFFFFFFFu, top, four + 3)));
-            const u32 turn = kAlone ? rows.told_turn : rows.turn;
-            const u32 told = shared.told(turn), block = blockIdx.x % kCluster;
+            const u32 told = shared.told(told_turn), block = blockIdx.x % kCluster;
             if (lane == 0) barrier_expect(told, kCluster * kRows * 4);
             if (lane < 4 * kCluster)
-                store_shared16_at(shared.largest_of_block(turn, block) + four * 4, tops, told,
+                store_shared16_at(shared.largest_of_block(told_turn, block) + four * 4, tops, told,
                                   lane / 4);
             barrier_wait(told, kAlone ? rows.told_parity : rows.parity);
         }
@@ -468,9 +468,8 @@ SVDQ_DEVICE void tell(const Arguments& p, const Shared& shared, const Part& shar
 #pragma unroll
             for (u32 block = 0; block < kCluster && !alone; ++block)
                 largest = fmaxf(
-                    largest, as_float(load_shared4(shared.largest_of_block(
-                                                       kAlone ? rows.told_turn : rows.turn, block) +
-                                                   lane * 4)));
+                    largest,
+                    as_float(load_shared4(shared.largest_of_block(told_turn, block) + lane * 4)));
             // Below this the reciprocal overflows; such a row is zero for all purposes.
             const bool zero = !(largest > kFloatTiny * kLargestCode);
             store_shared4(shared.factors(rows.turn) + lane * 4,

@@ -65,7 +65,7 @@ def kernel_of(index: int, build: plan.Build, grid: tuple[int, int, int], shared:
     return Kernel(driver.launcher().launch, function, grid, build.threads, shared)
 
 
-def kernel_in_turns(index: int, build, m: int, n: int) -> tuple[int, Kernel]:
+def kernel_in_turns(index: int, build: plan.InTurns, m: int, n: int) -> tuple[int, Kernel]:
     """A build whose clusters take an (m, n) output's tiles in turn: how many are not halved, and the kernel."""
     turns = build.turns(m, n, card(index)[1])
     grid = turns.clusters * build.cluster, 1, 1

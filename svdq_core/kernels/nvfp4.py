@@ -372,12 +372,12 @@ def _multiply(
         else:
             kernel = kernel_of(index, build, build.grid(m, n), build.shared_bytes())
         stream = torch._C._cuda_getCurrentRawStream(index)
-        next_ranks, nextpointers = (0, 0), (0,) * 8
+        next_ranks, next_pointers = (0, 0), (0,) * 8
         if following is not None:
             next_ranks = following.sums.shape[1], following.down.shape[1]
             # One counter for each tile of rows, of which the lowest tile has the most.
             counters = zero_counters(codes, stream, -(-m // plan.MEDIUM.bm))
-            nextpointers = *map(pointer, following), counters.data_ptr()
+            next_pointers = *map(pointer, following), counters.data_ptr()
         kernel.launch(
             stream,
             _GEMM.pack(
@@ -389,6 +389,6 @@ def _multiply(
                 proj_up.shape[1],
                 down.shape[1],
                 *next_ranks,
-                *nextpointers,
+                *next_pointers,
             ),
         )

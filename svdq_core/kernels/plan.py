@@ -220,7 +220,7 @@ def _turns(tiles: int, clusters: int, half: float) -> Turns:
     return Turns(min(clusters, tiles), tiles, _ceil(tiles, clusters))
 
 
-class _InTurns:
+class InTurns:
     """A GEMM on Hopper whose blocks, in clusters, take tiles in turn and have as many stages as fit.
 
     Attributes:
@@ -243,7 +243,7 @@ class _InTurns:
 
 
 @dataclass(frozen=True)
-class RowsGemmBuild(_InTurns):
+class RowsGemmBuild(InTurns):
     """One build of ``csrc/gemm_rows.cu``: an output tile is 128 tokens by so many columns."""
 
     bf16: bool
@@ -305,7 +305,7 @@ def rows_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> RowsGem
 
 
 @dataclass(frozen=True)
-class WideGemmBuild(_InTurns):
+class WideGemmBuild(InTurns):
     """One build of ``csrc/gemm_wide.cu``: an output tile is 128 of the weight's rows by ``tokens``."""
 
     bf16: bool
@@ -350,7 +350,7 @@ def wide_build(multiprocessors: int, m: int, n: int, bf16: bool) -> WideGemmBuil
 
 
 @dataclass(frozen=True)
-class GridGemmBuild(_InTurns):
+class GridGemmBuild(InTurns):
     """One build of ``csrc/gemm_grid.cu``: an output tile is 128 tokens by two halves of ``half`` columns."""
 
     bf16: bool

@@ -193,17 +193,14 @@ class AWQ(Codec):
         best = None
         for below, above in itertools.product(self._SHRINKS, repeat=2):
             scale, zero = self._range(groups, dtype, below, above)
-            values = awq.dequantize(self._codes(groups, scale, zero).flatten(-2), scale, zero).view_as(groups)
-            found = (values.sub_(groups).square_().mul_(importance)).sum(dim=-1), scale, zero
-            best = best or found
-            better = found[0] < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+            step, centre = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+            codes = awq.encode(torch.where(step > 0, (groups - centre) / step, 0.0))
+            error = ((awq.decode(codes) * step + centre - groups).square() * importance).sum(dim=-1)
+            if best is None:
+                best = error, scale, zero
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))
         return self._named(*best[1:])
-
-    @staticmethod
-    def _codes(groups, scale, zero):
-        step, centre = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
-        return awq.encode(torch.where(step > 0, (groups - centre) / step, 0.0))
 
     @staticmethod
     def _range(groups, dtype, below, above):

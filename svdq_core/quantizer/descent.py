@@ -32,12 +32,13 @@ def shrunk_covariance(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def descend(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, covariance: torch.Tensor
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes and ranges whose weight is off less, in a metric, than the nearest codes in the given ranges.
+    """Codes and ranges whose weight is off less, in a metric, than those that it begins with.
 
     Args:
         weight: (N, K) float32.
+        codes: (N, K) int8, and
         scale, zero: (N, K / 64) in the file's type, to begin with.
         covariance: (K, K) float32, positive definite: the metric.
 
@@ -46,11 +47,10 @@ def descend(
     """
     dtype, size = scale.dtype, awq.GROUP_SIZE
     # A column of the weight lies in one piece: (K, N) and (K / 64, N) from here on.
-    wanted = weight.t().contiguous()
+    wanted, value = weight.t().contiguous(), awq.dequantize(codes, scale, zero).t().contiguous()
+    steps = awq.decode(codes).t().contiguous()
     scale, zero = (t.t().float().contiguous() for t in (scale, zero))
     group = _Group(wanted.shape[1], weight.device)
-    steps = _nearest(wanted.unflatten(0, (-1, size)), scale, zero).flatten(0, 1)
-    value = (steps.unflatten(0, (-1, size)) * scale.unsqueeze(1) + zero.unsqueeze(1)).flatten(0, 1)
     for _ in range(_PASSES):
         pull = covariance @ (value - wanted)  # half of the gradient
         for g, start in enumerate(range(0, len(wanted), size)):
@@ -63,12 +63,6 @@ def descend(
             pull[later].addmm_(covariance[later, columns], group.value - before)
     codes = awq.encode(steps.t()).contiguous()
     return codes, scale.t().to(dtype), zero.t().to(dtype)
-
-
-def _nearest(wanted: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """(groups, 64, N) nearest codes, as multiples of the scale."""
-    scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
-    return awq.decode(awq.encode(torch.where(scale > 0, (wanted - zero) / scale, 0.0)))
 
 
 class _Group:

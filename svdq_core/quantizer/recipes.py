@@ -118,15 +118,13 @@ def _weight_only(spec, weight, bias, statistics) -> dict[str, torch.Tensor]:
     codec = codec_of(spec)
     if statistics is None:
         scales = codec.scales(weight, spec.dtype)
-        codes = _nearest(weight, codec, scales)
     else:
         inputs = statistics.sample.to(weight.device).float()
         covariance = descent.shrunk_covariance(inputs)
         scales = codec.fitted_scales(weight, spec.dtype, covariance.diagonal())
-        if spec.format == AWQ_W4A16:
-            codes, scales = _descended(weight, scales, covariance)
-        else:
-            codes = _nearest(weight, codec, scales)
+    codes = _nearest(weight, codec, scales)
+    if statistics is not None and spec.format == AWQ_W4A16:
+        codes, scales = _descended(weight, codes, scales, covariance)
     tensors = {"weight": codec.pack(codes), **scales}
     if bias is None:
         return tensors
@@ -153,10 +151,10 @@ def _of_groups(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _descended(
-    weight: torch.Tensor, scales: dict[str, torch.Tensor], covariance: torch.Tensor
+    weight: torch.Tensor, codes: torch.Tensor, scales: dict[str, torch.Tensor], covariance: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     names = "weight_scale", "weight_zero"
-    codes, *ranges = descent.descend(weight, *(scales[name].t() for name in names), covariance)
+    codes, *ranges = descent.descend(weight, codes, *(scales[name].t() for name in names), covariance)
     return codes, {name: values.t().contiguous() for name, values in zip(names, ranges, strict=True)}
 
 

@@ -133,7 +133,7 @@ def test_descent_brings_outputs_of_unseen_inputs_closer(dtype):
     scales = AWQ().fitted_scales(weight, dtype, covariance.diagonal())
     ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
     nearest = awq.encode(steps_of(weight, *ranges))
-    codes, *fitted = descent.descend(weight, *ranges, covariance)
+    codes, *fitted = descent.descend(weight, nearest, *ranges, covariance)
 
     def error(codes: torch.Tensor, ranges: Sequence[torch.Tensor], inputs: torch.Tensor) -> float:
         wrong = awq.dequantize(codes, *ranges) - weight
@@ -152,8 +152,9 @@ def test_descent_never_ends_higher():
     metric = square @ square.t() / 128 + 0.01 * torch.eye(128)
     scales = AWQ().scales(weight, torch.bfloat16)
     ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
-    start = awq.dequantize(awq.encode(steps_of(weight, *ranges)), *ranges) - weight
-    codes, *fitted = descent.descend(weight, *ranges, metric)
+    nearest = awq.encode(steps_of(weight, *ranges))
+    start = awq.dequantize(nearest, *ranges) - weight
+    codes, *fitted = descent.descend(weight, nearest, *ranges, metric)
     end = awq.dequantize(codes, *fitted) - weight
     before, after = (((wrong @ metric) * wrong).sum(dim=1) for wrong in (start, end))
     assert (after <= before * (1 + 1e-4)).all()
@@ -173,7 +174,8 @@ def test_descent_on_a_card_ends_as_low():
     random = torch.Generator().manual_seed(6)
     weight, covariance = torch.randn((200, 256), generator=random), descent.shrunk_covariance(embeddings(128, 7))
     scales = AWQ().fitted_scales(weight, torch.bfloat16, covariance.diagonal())
-    operands = weight, scales["weight_scale"].t(), scales["weight_zero"].t(), covariance
+    ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
+    operands = weight, awq.encode(steps_of(weight, *ranges)), *ranges, covariance
 
     def cost(device: str) -> float:
         codes, *ranges = (found.cpu() for found in descent.descend(*(operand.to(device) for operand in operands)))
