@@ -265,178 +265,116 @@ SVDQ_DEVICE void multiply_fp8(u32 (&r)[40], u64 a, u64 b, bool keep) {
         : "l"(a), "l"(b), "r"((int)keep));
 }
 
-// A product of SVDQ_COLUMNS columns, which come from shared memory: registers 4 j + 2 h and + 1 of
-// lane l in warp w are row 16 w + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1.
-#ifdef SVDQ_COLUMNS
-#    define SVDQ_NAMES_24                                                        \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-#    define SVDQ_NAMES_48                                                          \
-        SVDQ_NAMES_24                                                              \
-        ", %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
-        "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#    define SVDQ_NAMES_64                                                          \
-        SVDQ_NAMES_48                                                              \
-        ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-        "%62, %63"
-#    define SVDQ_NAMES_32 \
-        SVDQ_NAMES_24     \
-        ", %24, %25, %26, %27, %28, %29, %30, %31"
-#    define SVDQ_NAMES_72 \
-        SVDQ_NAMES_64     \
-        ", %64, %65, %66, %67, %68, %69, %70, %71"
-#    define SVDQ_NAMES_96                                                          \
-        SVDQ_NAMES_64                                                              \
-        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, " \
-        "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "   \
-        "%92, %93, %94, %95"
-#    define SVDQ_NAMES_80 \
-        SVDQ_NAMES_72     \
-        ", %72, %73, %74, %75, %76, %77, %78, %79"
-#    define SVDQ_NAMES_112                                                       \
-        SVDQ_NAMES_96                                                            \
-        ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
-        "%108, %109, %110, %111"
-#    define SVDQ_NAMES_128                                                           \
-        SVDQ_NAMES_112                                                               \
-        ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
-        "%124, %125, %126, %127"
-#    if SVDQ_COLUMNS == 256
-#        define SVDQ_SHAPE "m64n256"
-#        define SVDQ_SUMS SVDQ_NAMES_128
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_64(con, 64)
-#        define SVDQ_INPUT0 "%128"
-#        define SVDQ_INPUT1 "%129"
-#        define SVDQ_INPUT2 "%130"
-#        define SVDQ_INPUT3 "%131"
-#        define SVDQ_INPUT4 "%132"
-#        define SVDQ_INPUT5 "%133"
-#    elif SVDQ_COLUMNS == 224
-#        define SVDQ_SHAPE "m64n224"
-#        define SVDQ_SUMS SVDQ_NAMES_112
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64), SVDQ_16(con, 96)
-#        define SVDQ_INPUT0 "%112"
-#        define SVDQ_INPUT1 "%113"
-#        define SVDQ_INPUT2 "%114"
-#        define SVDQ_INPUT3 "%115"
-#        define SVDQ_INPUT4 "%116"
-#        define SVDQ_INPUT5 "%117"
-#    elif SVDQ_COLUMNS == 192
-#        define SVDQ_SHAPE "m64n192"
-#        define SVDQ_SUMS SVDQ_NAMES_96
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_32(con, 64)
-#        define SVDQ_INPUT0 "%96"
-#        define SVDQ_INPUT1 "%97"
-#        define SVDQ_INPUT2 "%98"
-#        define SVDQ_INPUT3 "%99"
-#        define SVDQ_INPUT4 "%100"
-#        define SVDQ_INPUT5 "%101"
-#    elif SVDQ_COLUMNS == 160
-#        define SVDQ_SHAPE "m64n160"
-#        define SVDQ_SUMS SVDQ_NAMES_80
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_16(con, 64)
-#        define SVDQ_INPUT0 "%80"
-#        define SVDQ_INPUT1 "%81"
-#        define SVDQ_INPUT2 "%82"
-#        define SVDQ_INPUT3 "%83"
-#        define SVDQ_INPUT4 "%84"
-#        define SVDQ_INPUT5 "%85"
-#    elif SVDQ_COLUMNS == 144
-#        define SVDQ_SHAPE "m64n144"
-#        define SVDQ_SUMS SVDQ_NAMES_72
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0), SVDQ_8(con, 64)
-#        define SVDQ_INPUT0 "%72"
-#        define SVDQ_INPUT1 "%73"
-#        define SVDQ_INPUT2 "%74"
-#        define SVDQ_INPUT3 "%75"
-#        define SVDQ_INPUT4 "%76"
-#        define SVDQ_INPUT5 "%77"
-#    elif SVDQ_COLUMNS == 128
-#        define SVDQ_SHAPE "m64n128"
-#        define SVDQ_SUMS SVDQ_NAMES_64
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_64(con, 0)
-#        define SVDQ_INPUT0 "%64"
-#        define SVDQ_INPUT1 "%65"
-#        define SVDQ_INPUT2 "%66"
-#        define SVDQ_INPUT3 "%67"
-#        define SVDQ_INPUT4 "%68"
-#        define SVDQ_INPUT5 "%69"
-#    elif SVDQ_COLUMNS == 96
-#        define SVDQ_SHAPE "m64n96"
-#        define SVDQ_SUMS SVDQ_NAMES_48
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_32(con, 0), SVDQ_16(con, 32)
-#        define SVDQ_INPUT0 "%48"
-#        define SVDQ_INPUT1 "%49"
-#        define SVDQ_INPUT2 "%50"
-#        define SVDQ_INPUT3 "%51"
-#        define SVDQ_INPUT4 "%52"
-#        define SVDQ_INPUT5 "%53"
-#    elif SVDQ_COLUMNS == 64
-#        define SVDQ_SHAPE "m64n64"
-#        define SVDQ_SUMS SVDQ_NAMES_32
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_32(con, 0)
-#        define SVDQ_INPUT0 "%32"
-#        define SVDQ_INPUT1 "%33"
-#        define SVDQ_INPUT2 "%34"
-#        define SVDQ_INPUT3 "%35"
-#        define SVDQ_INPUT4 "%36"
-#        define SVDQ_INPUT5 "%37"
-#    elif SVDQ_COLUMNS == 48
-#        define SVDQ_SHAPE "m64n48"
-#        define SVDQ_SUMS SVDQ_NAMES_24
-#        define SVDQ_SUM_REGISTERS(con) SVDQ_16(con, 0), SVDQ_8(con, 16)
-#        define SVDQ_INPUT0 "%24"
-#        define SVDQ_INPUT1 "%25"
-#        define SVDQ_INPUT2 "%26"
-#        define SVDQ_INPUT3 "%27"
-#        define SVDQ_INPUT4 "%28"
-#        define SVDQ_INPUT5 "%29"
-#    endif
+// Products of 32 to 256 columns, which come from shared memory; how many is told by the sums that
+// they are given, half as many for each thread: registers 4 j + 2 h and + 1 of lane l in warp w are
+// row 16 w
+// + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1, so the first columns' sums are a product of their
+// own.
+//
+//   multiply_int8    r = a (64 x 32, int8) b (columns x 32)^T + (keep ? r : 0)
+//   multiply_16bit   r (float32) += a (64 x 16) b (columns x 16)^T, 16-bit operands in shared
+//   memory multiply_16bit   r (float32) = a (64 x 16, in registers) b (columns x 16)^T + (keep ? r
+//   : 0)
+#define SVDQ_NAMES_16                                                   \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
+    "%15"
+#define SVDQ_NAMES_24 \
+    SVDQ_NAMES_16     \
+    ", "              \
+    "%16, %17, %18, %19, %20, %21, %22, %23"
+#define SVDQ_NAMES_32 \
+    SVDQ_NAMES_24     \
+    ", "              \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SVDQ_NAMES_48                                                   \
+    SVDQ_NAMES_32                                                       \
+    ", "                                                                \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
+    "%45, %46, %47"
+#define SVDQ_NAMES_64                                                   \
+    SVDQ_NAMES_48                                                       \
+    ", "                                                                \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
+    "%61, %62, %63"
+#define SVDQ_NAMES_80                                                   \
+    SVDQ_NAMES_64                                                       \
+    ", "                                                                \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, " \
+    "%77, %78, %79"
+#define SVDQ_NAMES_96                                                   \
+    SVDQ_NAMES_80                                                       \
+    ", "                                                                \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, " \
+    "%93, %94, %95"
+#define SVDQ_NAMES_112                                               \
+    SVDQ_NAMES_96                                                    \
+    ", "                                                             \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, " \
+    "%107, %108, %109, %110, %111"
+#define SVDQ_NAMES_128                                                   \
+    SVDQ_NAMES_112                                                       \
+    ", "                                                                 \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
+    "%123, %124, %125, %126, %127"
+#define SVDQ_SUMS_16(con) SVDQ_16(con, 0)
+#define SVDQ_SUMS_24(con) SVDQ_16(con, 0), SVDQ_8(con, 16)
+#define SVDQ_SUMS_32(con) SVDQ_32(con, 0)
+#define SVDQ_SUMS_48(con) SVDQ_32(con, 0), SVDQ_16(con, 32)
+#define SVDQ_SUMS_64(con) SVDQ_64(con, 0)
+#define SVDQ_SUMS_80(con) SVDQ_64(con, 0), SVDQ_16(con, 64)
+#define SVDQ_SUMS_96(con) SVDQ_64(con, 0), SVDQ_32(con, 64)
+#define SVDQ_SUMS_112(con) SVDQ_64(con, 0), SVDQ_32(con, 64), SVDQ_16(con, 96)
+#define SVDQ_SUMS_128(con) SVDQ_64(con, 0), SVDQ_64(con, 64)
 
-// r = a (64 x 32, int8) b (SVDQ_COLUMNS x 32)^T + (keep ? r : 0).
-SVDQ_DEVICE void multiply_int8(int (&r)[SVDQ_COLUMNS / 2], u64 a, u64 b, bool keep) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT2
-                 ", 0;"
-                 "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k32.s32.s8.s8 {" SVDQ_SUMS
-                 "}, " SVDQ_INPUT0 ", " SVDQ_INPUT1 ", p; }"
-                 : SVDQ_SUM_REGISTERS("+r")
-                 : "l"(a), "l"(b), "r"((int)keep));
-}
+// in0 to in5: the numbers of the operands behind the sums.
+#define SVDQ_PRODUCTS(columns, sums, in0, in1, in2, in3, in4, in5)                           \
+    SVDQ_DEVICE void multiply_int8(int (&r)[sums], u64 a, u64 b, bool keep) {                \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #in2                                 \
+                     ", 0; wgmma.mma_async.sync.aligned.m64n" #columns                       \
+                     "k32.s32.s8.s8 {" SVDQ_NAMES_##sums "}, %" #in0 ", %" #in1 ", p; }"     \
+                     : SVDQ_SUMS_##sums("+r")                                                \
+                     : "l"(a), "l"(b), "r"((int)keep));                                      \
+    }                                                                                        \
+    template <class T>                                                                       \
+    SVDQ_DEVICE void multiply_16bit(float (&r)[sums], u64 a, u64 b) {                        \
+        if (T::kIsBf16)                                                                      \
+            SVDQ_MULTIPLY_SHARED("bf16", columns, sums, in0, in1);                           \
+        else                                                                                 \
+            SVDQ_MULTIPLY_SHARED("f16", columns, sums, in0, in1);                            \
+    }                                                                                        \
+    template <class T>                                                                       \
+    SVDQ_DEVICE void multiply_16bit(float (&r)[sums], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, \
+                                    bool keep) {                                             \
+        if (T::kIsBf16)                                                                      \
+            SVDQ_MULTIPLY_REGISTERS("bf16", columns, sums, in0, in1, in2, in3, in4, in5);    \
+        else                                                                                 \
+            SVDQ_MULTIPLY_REGISTERS("f16", columns, sums, in0, in1, in2, in3, in4, in5);     \
+    }
+#define SVDQ_MULTIPLY_SHARED(type, columns, sums, in0, in1)                            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
+                 " {" SVDQ_NAMES_##sums "}, %" #in0 ", %" #in1 ", 1, 1, 1, 0, 0;"      \
+                 : SVDQ_SUMS_##sums("+f")                                              \
+                 : "l"(a), "l"(b))
+#define SVDQ_MULTIPLY_REGISTERS(type, columns, sums, in0, in1, in2, in3, in4, in5)                \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #in5                                          \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type       \
+                 " {" SVDQ_NAMES_##sums "}, {%" #in0 ", %" #in1 ", %" #in2 ", %" #in3 "}, %" #in4 \
+                                        ", p, 1, 1, 0; }"                                         \
+                 : SVDQ_SUMS_##sums("+f")                                                         \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)keep))
 
-// r (float32) += a (64 x 16) b (SVDQ_COLUMNS x 16)^T, 16-bit operands in shared memory.
-#    define SVDQ_MULTIPLY_16BIT(TYPE)                                                     \
-        asm volatile("wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k16.f32." TYPE "." TYPE  \
-                     " {" SVDQ_SUMS "}, " SVDQ_INPUT0 ", " SVDQ_INPUT1 ", 1, 1, 1, 0, 0;" \
-                     : SVDQ_SUM_REGISTERS("+f")                                           \
-                     : "l"(a), "l"(b))
-template <class T>
-SVDQ_DEVICE void multiply_16bit(float (&r)[SVDQ_COLUMNS / 2], u64 a, u64 b) {
-    if (T::kIsBf16)
-        SVDQ_MULTIPLY_16BIT("bf16");
-    else
-        SVDQ_MULTIPLY_16BIT("f16");
-}
-#    undef SVDQ_MULTIPLY_16BIT
-
-// r = a (64 x 16, in registers) b (SVDQ_COLUMNS x 16)^T + (keep ? r : 0).
-#    define SVDQ_MULTIPLY_REGISTERS(TYPE)                                                \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, " SVDQ_INPUT5                       \
-                     ", 0;"                                                              \
-                     "wgmma.mma_async.sync.aligned." SVDQ_SHAPE "k16.f32." TYPE "." TYPE \
-                     " {" SVDQ_SUMS "}, {" SVDQ_INPUT0 ", " SVDQ_INPUT1 ", " SVDQ_INPUT2 \
-                     ", " SVDQ_INPUT3 "}, " SVDQ_INPUT4 ", p, 1, 1, 0; }"                \
-                     : SVDQ_SUM_REGISTERS("+f")                                          \
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"((int)keep))
-template <class T>
-SVDQ_DEVICE void multiply_16bit(float (&r)[SVDQ_COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b,
-                                bool keep) {
-    if (T::kIsBf16)
-        SVDQ_MULTIPLY_REGISTERS("bf16");
-    else
-        SVDQ_MULTIPLY_REGISTERS("f16");
-}
-#    undef SVDQ_MULTIPLY_REGISTERS
-#endif
+SVDQ_PRODUCTS(32, 16, 16, 17, 18, 19, 20, 21)
+SVDQ_PRODUCTS(48, 24, 24, 25, 26, 27, 28, 29)
+SVDQ_PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37)
+SVDQ_PRODUCTS(96, 48, 48, 49, 50, 51, 52, 53)
+SVDQ_PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69)
+SVDQ_PRODUCTS(160, 80, 80, 81, 82, 83, 84, 85)
+SVDQ_PRODUCTS(192, 96, 96, 97, 98, 99, 100, 101)
+SVDQ_PRODUCTS(224, 112, 112, 113, 114, 115, 116, 117)
+SVDQ_PRODUCTS(256, 128, 128, 129, 130, 131, 132, 133)
+#undef SVDQ_PRODUCTS
+#undef SVDQ_MULTIPLY_SHARED
+#undef SVDQ_MULTIPLY_REGISTERS
 
 // The compiler does not know that products write their registers until they are waited for: this
 // keeps it from using them before, and from starting new ones while it does.

@@ -248,20 +248,16 @@ class RowsGemmBuild(InTurns):
 
     bf16: bool
     columns: int
+    low_rank: bool
 
     source = "gemm_rows.cu"
     entry = "svdq_gemm_rows"
     piece = 16, 32  # rows and columns that are stored together
 
     @property
-    def products(self) -> int:
-        """Products that a tile's width takes."""
-        return _ceil(self.columns, 256)
-
-    @property
     def _buffers(self) -> int:
         """Pieces that a warp has on their way out: where stages are large there is less room."""
-        return 4 // self.products
+        return 2 if self.columns > 256 else 4
 
     @property
     def _ends(self) -> int:
@@ -282,8 +278,8 @@ class RowsGemmBuild(InTurns):
         """Macros of this build."""
         return {
             "SVDQ_BF16": int(self.bf16),
-            "SVDQ_COLUMNS": self.columns // self.products,
-            "SVDQ_PRODUCTS": self.products,
+            "SVDQ_COLUMNS": self.columns,
+            "SVDQ_LOW_RANK": int(self.low_rank),
             "SVDQ_STAGES": self.stages,
             "SVDQ_BUFFERS": self._buffers,
         }
@@ -294,14 +290,14 @@ ROWS_COLUMNS = (288, 256, 224, 192, 160, 128, 96, 64)
 
 
 @lru_cache(maxsize=4096)
-def rows_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool) -> RowsGemmBuild:
+def rows_gemm_build(multiprocessors: int, m: int, n: int, bf16: bool, low_rank: bool) -> RowsGemmBuild:
     """The build for m tokens and n outputs: the one whose rounds of tiles take the least time."""
 
     def time(build: RowsGemmBuild) -> float:
         # A narrow tile reads more for a product, and each has its end, worth about 16 columns.
         return build.turns(m, n, multiprocessors).rounds * (build.columns + 16)
 
-    return min((RowsGemmBuild(bf16, columns) for columns in ROWS_COLUMNS), key=time)
+    return min((RowsGemmBuild(bf16, columns, low_rank) for columns in ROWS_COLUMNS), key=time)
 
 
 @dataclass(frozen=True)
@@ -705,7 +701,9 @@ def _rows_launch(
 
     total = turns * time(boxes) + own_turns * time(own_boxes)
     ring_boxes = min(ring_boxes, boxes * turns + own_boxes * own_turns)
-    shared = fixed + ring_boxes * build.box_bytes(box)
+    # More than half of what there is, whatever is needed: blocks come when the GEMM before them leaves its
+    # multiprocessors, one by one, and two of them would take the first that is free.
+    shared = max(fixed + ring_boxes * build.box_bytes(box), HOPPER_SHARED // 2 + 1024)
     threads = 32 * (warps + build.other_warps)
     launch = RowsLaunch(build, clusters * build.cluster, threads, warps, alone, box, boxes, ring_boxes, shared)
     return total, launch
@@ -1103,7 +1101,7 @@ def all_builds(capability: int) -> list[Build]:
     builds += [build for bf16 in (True, False) for build in block_builds(bf16)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]
-        builds += [RowsGemmBuild(*build) for build in product((True, False), ROWS_COLUMNS)]
+        builds += [RowsGemmBuild(*build) for build in product((True, False), ROWS_COLUMNS, (False, True))]
         builds += [WideGemmBuild(*build) for build in product((True, False), WIDE_TOKENS)]
         builds += [GridGemmBuild(*build) for build in product((True, False), GRID_HALVES)]
         builds += rows_builds()

@@ -50,7 +50,7 @@ def multiply(
     proj_up = pad_rank(proj_up)
     rank, index = proj_up.shape[1], proj_up.device.index
     with on(index):
-        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16)
+        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16, rank > 0)
         share = build.columns // build.cluster
         kernel.launch(
             torch._C._cuda_getCurrentRawStream(index),
@@ -89,7 +89,7 @@ def prepared_launch(
         outputs' addresses.
     """
     n, k = weight.shape
-    build, whole, kernel = _kernel(index, m, n, dtype == torch.bfloat16)
+    build, whole, kernel = _kernel(index, m, n, dtype == torch.bfloat16, False)
     weight_map = tensor_map(weight.data_ptr(), n, k, build.columns // build.cluster, _BOX, True)
     constant = 0, weight_scale.data_ptr(), pointer(bias), m, n, _stages(k), 0, whole
 
@@ -113,14 +113,13 @@ def _out_map(build: plan.RowsGemmBuild, out: int, m: int, n: int) -> bytes:
 
 
 def _stages(k: int) -> int:
-    """Of 128 columns; their number is made even with one of zeros."""
-    stages = -(-k // _BOX)
-    return stages + stages % 2
+    """Of 128 columns; with some of zeros they are an even number, four at least."""
+    return max(4, -(-k // (2 * _BOX)) * 2)
 
 
 @lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, n: int, bf16: bool) -> tuple[plan.RowsGemmBuild, int, Kernel]:
+def _kernel(index: int, m: int, n: int, bf16: bool, low_rank: bool) -> tuple[plan.RowsGemmBuild, int, Kernel]:
     """The build, how many tiles are not halved, and the kernel."""
-    build = plan.rows_gemm_build(card(index)[1], m, n, bf16)
+    build = plan.rows_gemm_build(card(index)[1], m, n, bf16, low_rank)
     whole, kernel = kernel_in_turns(index, build, m, n)
     return build, whole, kernel._replace(early=True)

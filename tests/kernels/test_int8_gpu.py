@@ -95,13 +95,18 @@ def test_ranks(rank: int, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("columns", plan.ROWS_COLUMNS)
 def test_every_width_of_a_tile(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that are halved and (of 80 clusters' worth of rows) some that are not, with and without a branch."""
+    """Halved tiles and (of 80 clusters' worth of rows) many, with and without a branch, and of next to no K."""
     monkeypatch.setattr(plan, "ROWS_COLUMNS", (columns,))
     for cache in (plan.rows_gemm_build, w8a8._kernel):
         cache.cache_clear()
     for dtype in DTYPES:
-        for m, n, rank in ((300, 3 * columns + 8, 40), (300, columns - 8, 0), (80 * 256, columns, 0)):
-            o = operands(m, 704, n, rank, dtype)
+        for m, k, n, rank in (
+            (300, 704, 3 * columns + 8, 40),
+            (300, 704, columns - 8, 0),
+            (80 * 256, 704, columns, 0),
+            (150 * 256 - 1, 192, columns, 0),
+        ):
+            o = operands(m, k, n, rank, dtype)
             torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
             assert error(linear_int8(**o), exact(o)) < TOLERANCE[dtype]
             o["bias"] = None
