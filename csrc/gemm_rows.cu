@@ -215,8 +215,7 @@ struct Consumer {
         parity ^= 1;
     }
     SVDQ_DEVICE void leave_factors() const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.empty(kFactors));
+        barrier_arrive(shared.empty(kFactors));
     }
 
     // Starts the products of a stage.
@@ -489,7 +488,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
             barrier_init(shared.empty(slot), kBlocks * kConsumers * 4);
         }
         barrier_init(shared.full(kFactors), 1);
-        barrier_init(shared.empty(kFactors), kConsumers * 4);
+        barrier_init(shared.empty(kFactors), kConsumers * 128);
         fence_barrier_init();
     }
     __syncthreads();
