@@ -24,6 +24,11 @@ from test_kernels import disassembled
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
+def waits(code: list[sass.Instruction]) -> list[sass.Instruction]:
+    """For products: a few are ours, but where the compiler gives up overlapping them it adds one for each."""
+    return [i for i in code if i.opcode.startswith("WARPGROUP.DEPBAR")]
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_main_loop_multiplies_bytes_without_waiting(bf16: bool, tmp_path: Path) -> None:
     """A stage: two groups of 128 x 160 outputs, FP8 products, two packed instructions for two outputs."""
@@ -37,9 +42,7 @@ def test_main_loop_multiplies_bytes_without_waiting(bf16: bool, tmp_path: Path) 
     assert len(loop) < 470
     assert not {"I2F", "F2F"} & set(mix)
     assert not {"LDL", "STL"} & set(sass.mix(code)), "in all of the kernel"
-    # The compiler may give up overlapping products, and then waits after each: two waits a group are ours.
-    waits = [i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]
-    assert len(waits) == 4
+    assert len(waits(loop)) == 4, "two a group"
 
 
 @pytest.mark.parametrize("half", plan.GRID_HALVES)
@@ -55,12 +58,7 @@ def test_a_grid_s_loop_scales_with_one_instruction(bf16: bool, half: int, tmp_pa
     assert len(loop) < 4 * half + 140
     assert not {"I2F", "I2FP"} & set(mix)
     assert not {"LDL", "STL"} & set(sass.mix(code)), "in all of the kernel"
-    assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 4
-
-
-def waits(code: list[sass.Instruction]) -> list[sass.Instruction]:
-    """For products: a few are ours, but where the compiler gives up overlapping them it adds one for each."""
-    return [i for i in code if i.opcode.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits(loop)) == 4
 
 
 @pytest.mark.parametrize(
@@ -81,12 +79,16 @@ def test_loop_of_rows_is_products_and_copies(
 
 @pytest.mark.parametrize("columns", [288, 256])
 def test_a_part_of_a_tile_is_stored_while_another_is_multiplied(columns: int, tmp_path: Path) -> None:
-    """After the last product of a part comes its wait, and before the wait for the other the first one's stores."""
-    code = list(disassembled(plan.RowsGemmBuild(True, columns, False), plan.HOPPER, tmp_path))
-    stores = [i for i, found in enumerate(code) if found.opcode.startswith("UTMASTG")]
-    before = [[o for o in code[:at] if "IGMMA" in o.opcode or o in waits(code)][-1] for at in stores]
-    still_running = [o for o in before if o.opcode.startswith("WARPGROUP") and not o.operands.endswith(" 0x0")]
-    assert len(still_running) == -(-columns // 64), "the left part's pieces, while the right one is multiplied"
+    """Between a wait that leaves products running and the next product or wait: the left part's pieces."""
+    code = disassembled(plan.RowsGemmBuild(True, columns, False), plan.HOPPER, tmp_path)
+    behind_products, running = 0, False
+    for i in code:
+        if i.opcode.startswith("WARPGROUP.DEPBAR"):
+            running = not i.operands.endswith(" 0x0")
+        elif "IGMMA" in i.opcode:
+            running = False
+        behind_products += running and i.opcode.startswith("UTMASTG")
+    assert behind_products == -(-columns // 64)
 
 
 @pytest.mark.parametrize(("bf16", "tokens"), [(True, 256), (False, 192)])
@@ -94,7 +96,7 @@ def test_loop_of_nvfp4_expands_the_weight(bf16: bool, tokens: int, tmp_path: Pat
     code = list(disassembled(plan.WideGemmBuild(bf16, tokens), plan.HOPPER, tmp_path))
     loop = next(loop for loop in sass.loops(code) if sass.mix(loop)["HGMMA"] == 8)  # two stages of 64 columns
     assert not {"LDL", "STL"} & set(sass.mix(code))
-    assert len([i for i in loop if i.opcode.startswith("WARPGROUP.DEPBAR")]) == 2
+    assert len(waits(loop)) == 2
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 114, 16])

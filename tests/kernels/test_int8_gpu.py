@@ -102,6 +102,7 @@ def test_every_width_of_a_tile(columns: int, monkeypatch: pytest.MonkeyPatch) ->
     for dtype in DTYPES:
         for m, k, n, rank in (
             (300, 704, 3 * columns + 8, 40),
+            (300, 704, 3 * columns + 8, 500),  # stages of ranks that no ring has room for
             (300, 704, columns - 8, 0),
             (80 * 256, 704, columns, 0),
             (150 * 256 - 1, 192, columns, 0),
