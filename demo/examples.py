@@ -50,13 +50,12 @@ def with_demo_model(workflow: Mapping[str, Any], types: Mapping[str, Any], **inp
     """
     graph = to_api(workflow, types)
     changes = {**FILES, "width": SIZE, "height": SIZE, "file_name": QUANTIZED, "overwrite": True, **inputs}
-    for node_id, node in list(graph.nodes.items()):
-        if node["class_type"] == "DualCLIPLoader":
-            del graph.nodes[node_id]
-            continue
-        if node["class_type"] == "CLIPTextEncode":
-            node["class_type"] = "SVDQuantDemoTextEncode"
-        node["inputs"].pop("clip", None)
+    clip = next(node_id for node_id, node in graph.nodes.items() if node["class_type"] == "DualCLIPLoader")
+    graph.nodes[clip] = {"class_type": "SVDQuantDemoCLIP", "inputs": {}}
+    for node in graph.nodes.values():
+        # LoRA Apply would patch a CLIP's model, of which the demo's has none.
+        if node["inputs"].pop("clip", None) and node["class_type"] != "SVDQuantLoraApply":
+            node["inputs"]["clip"] = [clip, 0]
         for name in node["inputs"].keys() & changes.keys():
             if node["inputs"][name] != "None":  # an empty row of LoRA Apply
                 node["inputs"][name] = changes[name]

@@ -70,9 +70,8 @@ def quantize_graph() -> tuple[Graph, Node]:
     """Load the 16-bit model, calibrate on prompts, write a 4-bit file."""
     graph = Graph()
     model = graph.add("UNETLoader", unet_name=MODEL.name, weight_dtype="default")
-    positive, *others = [graph.add("SVDQuantDemoTextEncode", text=text)[0] for text in CALIBRATION_PROMPTS]
-    for other in others:
-        positive = graph.add("ConditioningCombine", conditioning_1=positive, conditioning_2=other)[0]
+    clip = graph.add("SVDQuantDemoCLIP")
+    positive = graph.add("SVDQuantPrompts", clip=clip[0], prompts="\n".join(CALIBRATION_PROMPTS))
     quantizer = graph.add(
         "SVDQuantQuantizeCheckpoint",
         model=model[0],
@@ -83,7 +82,7 @@ def quantize_graph() -> tuple[Graph, Node]:
         seed=0,
         skip_layers="",
         overwrite=True,
-        positive=positive,
+        positive=positive[0],
         negative=graph.add("SVDQuantDemoTextEncode", text="")[0],
         latent=empty_latent(graph),
         **CALIBRATION,

@@ -5,6 +5,7 @@ from .compare import SVDQuantCompare
 from .inspect import SVDQuantInspect
 from .loader import SVDQuantModelLoader
 from .lora import SVDQuantLoraApply
+from .prompts import SVDQuantPrompts
 from .quantize import SVDQuantQuantizeCheckpoint
 from .replay import SVDQuantReplaySteps
 
@@ -12,6 +13,7 @@ NODE_CLASS_MAPPINGS = {
     "SVDQuantModelLoader": SVDQuantModelLoader,
     "SVDQuantQuantizeCheckpoint": SVDQuantQuantizeCheckpoint,
     "SVDQuantCalibrate": SVDQuantCalibrate,
+    "SVDQuantPrompts": SVDQuantPrompts,
     "SVDQuantLoraApply": SVDQuantLoraApply,
     "SVDQuantInspect": SVDQuantInspect,
     "SVDQuantCompare": SVDQuantCompare,
@@ -22,6 +24,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantModelLoader": "SVDQuant Model Loader",
     "SVDQuantQuantizeCheckpoint": "SVDQuant Quantize Checkpoint",
     "SVDQuantCalibrate": "SVDQuant Calibrate",
+    "SVDQuantPrompts": "SVDQuant Prompts",
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
     "SVDQuantCompare": "SVDQuant Compare",

@@ -75,7 +75,7 @@ class SVDQuantCalibrate:
                 "model": ("MODEL", {"tooltip": "The 16-bit model, with the LoRAs that will be baked in."}),
                 "positive": (
                     "CONDITIONING",
-                    {"tooltip": "The prompts, joined by Conditioning (Combine): each is sampled on its own."},
+                    {"tooltip": "From SVDQuant Prompts or Conditioning (Combine): each prompt is sampled on its own."},
                 ),
                 "latent": LATENT,
                 "file_name": (

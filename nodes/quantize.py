@@ -33,7 +33,7 @@ class SVDQuantQuantizeCheckpoint:
     DESCRIPTION = (
         "Makes a 4-bit checkpoint of a 16-bit model and loads it. For the balanced and best recipes "
         "the model is calibrated by drawing your own prompts with your own sampler settings: "
-        "combine 8 or more prompts with Conditioning (Combine), each is sampled on its own."
+        "connect SVDQuant Prompts with 8 or more of them, each is sampled on its own."
     )
     FUNCTION = "quantize"
     OUTPUT_NODE = True
@@ -110,8 +110,8 @@ class SVDQuantQuantizeCheckpoint:
                 "positive": (
                     "CONDITIONING",
                     {
-                        "tooltip": "Calibration: the prompts, joined by Conditioning (Combine). Not "
-                        "needed for the fast recipe."
+                        "tooltip": "Calibration: the prompts, from SVDQuant Prompts or joined by Conditioning "
+                        "(Combine). Not needed for the fast recipe."
                     },
                 ),
                 "negative": NEGATIVE,

@@ -15,6 +15,7 @@ from ..numerics import awq
 # What calibration sees of modulations is few embeddings: most of how channels go together there holds for those alone.
 # On prompts that are not among them, outputs of the demo model's are closer than of nearest codes by 1.4 dB at 0.9, by
 # 1.3 at 0.95 and by 0.9 at 0.98; by GPTQ 1.2 at 0.6 to 0.8, and 0.8 dB further off at 0, where those seen gain 12 dB.
+# Of 32 more prompts, seen by the modulations alone, outputs come 0.4 dB closer, but images do not (32.8 dB, not 32.9).
 _SHRINKAGE = 0.9
 _FLOOR = 1e-6  # of the mean variance, for channels that never change
 _PASSES = 5  # from 2 to 3 0.03 dB, from 3 to 5 0.02

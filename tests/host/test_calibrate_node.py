@@ -108,6 +108,27 @@ def test_both_branches_of_guidance_are_seen(server, folders):
         assert layer.count == 2 * plain.layers[name].count
 
 
+def test_a_text_of_prompts_is_as_good_as_many_encoders(server, folders):
+    graph = Graph()
+    clip = graph.add("SVDQuantDemoCLIP")
+    prompts = graph.add("SVDQuantPrompts", clip=clip[0], prompts="red apple\n\n  green frog on a pink background \n")
+    calibrate(graph, ("red apple", "green frog on a pink background"))
+    calibrate(graph, file_name="made/text", positive=prompts[0])
+    steps = []
+    server.run(graph, steps.append)
+    assert (folders[1] / "text.safetensors").read_bytes() == (folders[1] / "c.safetensors").read_bytes()
+    assert [step.value for step in steps if step.node == str(prompts)][-1] == 2
+
+
+def test_a_text_without_prompts_is_an_error(server):
+    graph = Graph()
+    clip = graph.add("SVDQuantDemoCLIP")
+    calibrate(graph, positive=graph.add("SVDQuantPrompts", clip=clip[0], prompts=" \n\n")[0])
+    with pytest.raises(GraphError, match="write one in each line") as caught:
+        server.run(graph)
+    assert caught.value.node_type == "SVDQuantPrompts"
+
+
 @pytest.mark.parametrize(
     ("widgets", "why"),
     [

@@ -20,6 +20,7 @@ NODES = {
     "SVDQuantLoraApply": "SVDQuant LoRA Apply",
     "SVDQuantInspect": "SVDQuant Inspect",
     "SVDQuantCalibrate": "SVDQuant Calibrate",
+    "SVDQuantPrompts": "SVDQuant Prompts",
     "SVDQuantReplaySteps": "SVDQuant Replay Steps",
 }
 LAYERS = len(small_flux.quantized_layers())
