@@ -28,6 +28,7 @@ from svdq_core.quantizer.statistics import Calibration, layer_seed
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = 4096  # of synthetic input per layer, of which a calibration keeps its sample
+EMBEDDINGS = 128  # of them a modulation sees: one for each of 16 prompts and 8 steps
 DIRECTIONS = 16
 
 Shapes = dict[str, tuple[int, ...]]
@@ -167,8 +168,9 @@ def make(model: str, path: Path, blocks: int | None, device: str) -> None:
     calibration = Calibration()
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
-        if architecture.kind(layer) == BODY:
-            calibration.observe(layer, inputs(layer, shape[1], architecture.input_after_gelu(layer), device))
+        if kind := architecture.kind(layer):
+            x = inputs(layer, shape[1], architecture.input_after_gelu(layer), device)
+            calibration.observe(layer, x if kind == BODY else x[:EMBEDDINGS])
     calibration.save(calibration_of(path), overwrite=True)
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     print(f"{path}: {parameters:,} parameters, {time.monotonic() - start:.0f} s")
