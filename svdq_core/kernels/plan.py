@@ -801,6 +801,28 @@ class StatisticsBuild:
 
 
 @dataclass(frozen=True)
+class DescentBuild:
+    """The build of ``csrc/descent.cu``: a thread has one output."""
+
+    bf16 = False  # no 16-bit type is in it
+    source = "descent.cu"
+    entry = "svdq_descent"
+    threads = 64
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: none."""
+        return 0
+
+    def grid(self, n: int) -> tuple[int, int, int]:
+        """Blocks for N outputs."""
+        return _ceil(n, self.threads), 1, 1
+
+    def defines(self) -> dict[str, int]:
+        """Macros of this build."""
+        return {"SVDQ_BF16": 0}
+
+
+@dataclass(frozen=True)
 class ModulateBuild:
     """One build of ``csrc/modulate.cu``: what it adds to a row (``gated``) and whether it norms what comes of it."""
 
@@ -878,6 +900,7 @@ Build = (
     | Int8GemmBuild
     | GemvAwqBuild
     | StatisticsBuild
+    | DescentBuild
     | Nvfp4QuantizeBuild
     | Nvfp4GemmBuild
     | RowsBuild
@@ -1098,6 +1121,7 @@ def all_builds(capability: int) -> list[Build]:
     for bf16 in (True, False):
         builds += [gemv_awq_build(capability, layers, bf16) for layers in (1, GemvAwqBuild.most_layers)]
         builds.append(StatisticsBuild(bf16))
+    builds.append(DescentBuild())
     builds += [build for bf16 in (True, False) for build in block_builds(bf16)]
     if capability == HOPPER:
         builds += [HopperGemmBuild(bf16) for bf16 in (True, False)]

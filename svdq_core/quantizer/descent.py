@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import status
 from ..numerics import awq
 
 # What calibration sees of modulations is few embeddings: most of how channels go together there holds for those alone.
@@ -51,84 +52,78 @@ def descend(
     wanted, value = weight.t().contiguous(), awq.dequantize(codes, scale, zero).t().contiguous()
     steps = awq.decode(codes).t().contiguous()
     scale, zero = (t.t().float().contiguous() for t in (scale, zero))
-    group = _Group(wanted.shape[1], weight.device)
     for _ in range(_PASSES):
         pull = covariance @ (value - wanted)  # half of the gradient
         for g, start in enumerate(range(0, len(wanted), size)):
             columns, later = slice(start, start + size), slice(start + size, None)
-            before = value[columns].clone()
-            group.load(covariance[columns, columns], value[columns], steps[columns], pull[columns], scale[g], zero[g])
-            group.fit_range(dtype)
-            group.take_codes()
-            value[columns], steps[columns], scale[g], zero[g] = group.value, group.steps, group.scale, group.zero
-            pull[later].addmm_(covariance[later, columns], group.value - before)
+            metric, before = covariance[columns, columns].contiguous(), value[columns].clone()
+            group = value[columns], steps[columns], pull[columns], scale[g], zero[g]
+            _fit_range(metric, *group, dtype)
+            take_codes(metric, *group)
+            pull[later].addmm_(covariance[later, columns], value[columns] - before)
     codes = awq.encode(steps.t()).contiguous()
     return codes, scale.t().to(dtype), zero.t().to(dtype)
 
 
-class _Group:
-    """64 columns, of which all else is known.
+def _fit_range(
+    metric: torch.Tensor,
+    value: torch.Tensor,
+    steps: torch.Tensor,
+    pull: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Scale and zero, as their type holds them, that are best for a group's codes; where that is worse they stay.
 
-    Taking their codes is hundreds of operations on next to nothing: on CUDA they are recorded once as a graph.
-
-    Attributes:
-        metric: (64, 64) of these columns.
-        value: (64, N) of the weight that codes stand for; changed, and with it
-        steps: (64, N) codes, as multiples of the scale,
-        pull: (64, N) half of the gradient, and
-        scale, zero: (N,).
+    Operands are :func:`take_codes`'s; all but metric and steps are changed in place.
     """
+    curved = metric @ steps
+    second, mixed, constant = (steps * curved).sum(0), curved.sum(0), metric.sum()
+    along, across = -(pull * steps).sum(0), -pull.sum(0)
+    determinant = second * constant - mixed.square()
+    new_scale = (scale + (along * constant - across * mixed) / determinant).to(dtype).float()
+    new_zero = (zero + (second * across - mixed * along) / determinant).to(dtype).float()
+    change = steps * (new_scale - scale) + (new_zero - zero)
+    moved = metric @ change
+    # Comparisons with NaN, of groups whose codes are all the same, are false.
+    better = ((2 * pull + moved) * change).sum(0) < 0
+    better &= new_scale > 0
+    value.add_(torch.where(better, change, 0.0))
+    pull.add_(torch.where(better, moved, 0.0))
+    scale.copy_(torch.where(better, new_scale, scale))
+    zero.copy_(torch.where(better, new_zero, zero))
 
-    def __init__(self, n: int, device: torch.device):
-        size = awq.GROUP_SIZE
-        self.metric, self._reciprocal = torch.eye(size, device=device), torch.ones(size, device=device)
-        self.value, self.steps, self.pull = (torch.zeros((size, n), device=device) for _ in range(3))
-        self.scale, self.zero, self._inverse = (torch.zeros(n, device=device) for _ in range(3))
-        self._change = torch.zeros(n, device=device)
-        self.take_codes = self._take_codes
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._take_codes()
-            self.take_codes = graph.replay
 
-    def load(self, metric, value, steps, pull, scale, zero) -> None:
-        """Take over a group."""
-        self.metric.copy_(metric)
-        torch.reciprocal(self.metric.diagonal(), out=self._reciprocal)
-        for own, given in ((self.value, value), (self.steps, steps), (self.pull, pull)):
-            own.copy_(given)
-        self._set_range(scale, zero)
+def take_codes(
+    metric: torch.Tensor,
+    value: torch.Tensor,
+    steps: torch.Tensor,
+    pull: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> None:
+    """Give each column of a group the codes that are best while all else stays as it is, one column after another.
 
-    def _set_range(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
-        self.scale.copy_(scale)
-        self.zero.copy_(zero)
-        self._inverse.copy_(torch.where(scale > 0, 1 / scale, 0.0))
+    Args:
+        metric: (64, 64) float32, the covariance of the group's columns.
+        value: (64, N) float32, of the weight that codes stand for; changed in place.
+        steps: (64, N) float32, codes as multiples of the scale; changed in place.
+        pull: (64, N) float32, half of the gradient; means nothing afterwards.
+        scale, zero: (N,) float32.
+    """
+    if value.is_cuda and status(value.device)[0]:
+        from ..kernels import descent as kernel
 
-    def fit_range(self, dtype: torch.dtype) -> None:
-        """Scale and zero, as their type holds them, that are best for the codes; where that is worse they stay."""
-        curved = self.metric @ self.steps
-        second, mixed, constant = (self.steps * curved).sum(0), curved.sum(0), self.metric.sum()
-        along, across = -(self.pull * self.steps).sum(0), -self.pull.sum(0)
-        determinant = second * constant - mixed.square()
-        scale = (self.scale + (along * constant - across * mixed) / determinant).to(dtype).float()
-        zero = (self.zero + (second * across - mixed * along) / determinant).to(dtype).float()
-        change = self.steps * (scale - self.scale) + (zero - self.zero)
-        moved = self.metric @ change
-        # Comparisons with NaN, of groups whose codes are all the same, are false.
-        better = ((2 * self.pull + moved) * change).sum(0) < 0
-        better &= scale > 0
-        self.value.add_(torch.where(better, change, 0.0))
-        self.pull.add_(torch.where(better, moved, 0.0))
-        self._set_range(torch.where(better, scale, self.scale), torch.where(better, zero, self.zero))
-
-    def _take_codes(self) -> None:
-        lowest, highest = -8, 7
-        for j in range(len(self.value)):
-            value, steps = self.value[j], self.steps[j]
-            torch.addcmul(value, self.pull[j], self._reciprocal[j], value=-1, out=steps)
-            steps.sub_(self.zero).mul_(self._inverse).round_().clamp_(lowest, highest)
-            torch.addcmul(self.zero, steps, self.scale, out=self._change)
-            self._change.sub_(value)
-            value.add_(self._change)
-            self.pull[j + 1 :].addr_(self.metric[j, j + 1 :], self._change)
+        kernel.take_codes(metric, value, steps, pull, scale, zero)
+        return
+    lowest, highest = -8, 7
+    reciprocal, inverse = metric.diagonal().reciprocal(), torch.where(scale > 0, 1 / scale, 0.0)
+    change = torch.empty_like(scale)
+    for j in range(len(value)):
+        torch.addcmul(value[j], pull[j], reciprocal[j], value=-1, out=steps[j])
+        steps[j].sub_(zero).mul_(inverse).round_().clamp_(lowest, highest)
+        torch.addcmul(zero, steps[j], scale, out=change)
+        change.sub_(value[j])
+        value[j].add_(change)
+        pull[j + 1 :].addr_(metric[j, j + 1 :], change)

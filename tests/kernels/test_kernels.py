@@ -80,7 +80,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
     builds += [plan.gemv_awq_build(capability, layers, bf16) for layers in (1, 2)]
     builds += [replace(quantizer(capability), prologue=prologue) for prologue in (plan.ROTATE, plan.GELU_ROTATE)]
-    builds.append(plan.StatisticsBuild(bf16))
+    builds += [plan.StatisticsBuild(bf16), plan.DescentBuild()]
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     found = spills(builds, capability, folder)
     # sm_75 has no asynchronous copies: the copies' data passes through registers there.
