@@ -8,6 +8,8 @@ each once, with those behind it not rounded yet), and a group's scale and zero a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..kernels import status
@@ -48,36 +50,46 @@ def descend(
         codes (N, K) int8, and scale and zero as before.
     """
     dtype, size = scale.dtype, awq.GROUP_SIZE
-    # A column of the weight lies in one piece: (K, N) and (K / 64, N) from here on.
+    # A column of the weight lies in one piece from here on, (K, N), and so do a group's ranges, each on its own.
     wanted, value = weight.t().contiguous(), awq.dequantize(codes, scale, zero).t().contiguous()
     steps = awq.decode(codes).t().contiguous()
-    scale, zero = (t.t().float().contiguous() for t in (scale, zero))
+    scales, zeros = ([column.clone() for column in t.t().float()] for t in (scale, zero))
     for _ in range(_PASSES):
         pull = covariance @ (value - wanted)  # half of the gradient
         for g, start in enumerate(range(0, len(wanted), size)):
             columns, later = slice(start, start + size), slice(start + size, None)
-            metric, before = covariance[columns, columns].contiguous(), value[columns].clone()
-            group = value[columns], steps[columns], pull[columns], scale[g], zero[g]
-            _fit_range(metric, *group, dtype)
-            take_codes(metric, *group)
-            pull[later].addmm_(covariance[later, columns], value[columns] - before)
+            before = value[columns].clone()
+            metric = covariance[columns, columns].contiguous()
+            group = Group(metric, value[columns], steps[columns], pull[columns], scales[g], zeros[g])
+            _fit_range(group, dtype)
+            take_codes(group)
+            pull[later].addmm_(covariance[later, columns], group.value - before)
     codes = awq.encode(steps.t()).contiguous()
-    return codes, scale.t().to(dtype), zero.t().to(dtype)
+    return codes, torch.stack(scales, dim=1).to(dtype), torch.stack(zeros, dim=1).to(dtype)
 
 
-def _fit_range(
-    metric: torch.Tensor,
-    value: torch.Tensor,
-    steps: torch.Tensor,
-    pull: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    dtype: torch.dtype,
-) -> None:
-    """Scale and zero, as their type holds them, that are best for a group's codes; where that is worse they stay.
+class Group(NamedTuple):
+    """64 columns, of which all else is known; float32, changed in place.
 
-    Operands are :func:`take_codes`'s; all but metric and steps are changed in place.
+    Attributes:
+        metric: (64, 64), the inputs' covariance.
+        value: (64, N) of the weight that codes stand for.
+        steps: (64, N) codes, as multiples of the scale.
+        pull: (64, N), half of the gradient; of no use once the codes are taken.
+        scale, zero: (N,).
     """
+
+    metric: torch.Tensor
+    value: torch.Tensor
+    steps: torch.Tensor
+    pull: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def _fit_range(group: Group, dtype: torch.dtype) -> None:
+    """Scale and zero, as their type holds them, that are best for the codes; where that is worse they stay."""
+    metric, value, steps, pull, scale, zero = group
     curved = metric @ steps
     second, mixed, constant = (steps * curved).sum(0), curved.sum(0), metric.sum()
     along, across = -(pull * steps).sum(0), -pull.sum(0)
@@ -95,27 +107,13 @@ def _fit_range(
     zero.copy_(torch.where(better, new_zero, zero))
 
 
-def take_codes(
-    metric: torch.Tensor,
-    value: torch.Tensor,
-    steps: torch.Tensor,
-    pull: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-) -> None:
-    """Give each column of a group the codes that are best while all else stays as it is, one column after another.
-
-    Args:
-        metric: (64, 64) float32, the covariance of the group's columns.
-        value: (64, N) float32, of the weight that codes stand for; changed in place.
-        steps: (64, N) float32, codes as multiples of the scale; changed in place.
-        pull: (64, N) float32, half of the gradient; means nothing afterwards.
-        scale, zero: (N,) float32.
-    """
+def take_codes(group: Group) -> None:
+    """Give each column the codes that are best while all else stays as it is, one column after another."""
+    metric, value, steps, pull, scale, zero = group
     if value.is_cuda and status(value.device)[0]:
         from ..kernels import descent as kernel
 
-        kernel.take_codes(metric, value, steps, pull, scale, zero)
+        kernel.take_codes(*group)
         return
     lowest, highest = -8, 7
     reciprocal, inverse = metric.diagonal().reciprocal(), torch.where(scale > 0, 1 / scale, 0.0)

@@ -172,7 +172,7 @@ def test_channels_that_never_change_cost_nothing_to_get_wrong_but_stay_finite():
 @pytest.mark.gpu
 def test_descent_on_a_card_ends_as_low():
     random = torch.Generator().manual_seed(6)
-    weight, covariance = torch.randn((200, 256), generator=random), descent.shrunk_covariance(embeddings(128, 7))
+    weight, covariance = torch.randn((201, 256), generator=random), descent.shrunk_covariance(embeddings(128, 7))
     scales = AWQ().fitted_scales(weight, torch.bfloat16, covariance.diagonal())
     ranges = scales["weight_scale"].t(), scales["weight_zero"].t()
     operands = weight, awq.encode(steps_of(weight, *ranges)), *ranges, covariance

@@ -29,7 +29,7 @@ def test_takes_the_reference_s_codes(n: int) -> None:
     found = [t.cuda() for t in wanted]
     wanted = [t.double() for t in wanted]
     kernels.take_codes(*found)
-    descent.take_codes(*wanted)
+    descent.take_codes(descent.Group(*wanted))
     _, value, steps, _, scale, zero = found
     # A tie may fall to the other side, and then the rest of that output's codes may be others.
     same = (steps.cpu() == wanted[2]).all(dim=0)
