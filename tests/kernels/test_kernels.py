@@ -36,7 +36,7 @@ def compiler() -> nvrtc.Compiler:
         pytest.skip(str(error))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def disassembled(build: plan.Build, capability: int, folder: Path) -> tuple[sass.Instruction, ...]:
     if sass.tool("nvdisasm") is None:
         pytest.skip("nvdisasm is not installed")
