@@ -266,15 +266,13 @@ SVDQ_DEVICE void multiply_fp8(u32 (&r)[40], u64 a, u64 b, bool keep) {
 }
 
 // Products of 32 to 256 columns, which come from shared memory; how many is told by the sums that
-// they are given, half as many for each thread: registers 4 j + 2 h and + 1 of lane l in warp w are
-// row 16 w
-// + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1, so the first columns' sums are a product of their
-// own.
+// they are given, half as many for each thread. Registers 4 j + 2 h and + 1 of lane l in warp w are
+// row 16 w + l / 4 + 8 h, columns 8 j + 2 (l % 4) and + 1: the first columns' sums are a product of
+// their own.
 //
-//   multiply_int8    r = a (64 x 32, int8) b (columns x 32)^T + (keep ? r : 0)
-//   multiply_16bit   r (float32) += a (64 x 16) b (columns x 16)^T, 16-bit operands in shared
-//   memory multiply_16bit   r (float32) = a (64 x 16, in registers) b (columns x 16)^T + (keep ? r
-//   : 0)
+//   multiply_int8    r = a b^T + (keep ? r : 0)   a (64 x 32), b (columns x 32): int8
+//   multiply_16bit   r += a b^T                   a (64 x 16), b (columns x 16): 16 bits
+//   multiply_16bit   r = a b^T + (keep ? r : 0)   the same, a in registers
 #define SVDQ_NAMES_16                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
     "%15"

@@ -1,9 +1,9 @@
 """SVDQuant Prompts."""
 
-import comfy.model_management
 import comfy.utils
 
 from ..svdq_core.errors import SVDQuantError
+from ..svdq_core.host.interrupt import Interruptible
 
 # What people draw: subjects, styles, light, text, few words and many. A calibration wants variety above all.
 PROMPTS = """\
@@ -64,8 +64,8 @@ class SVDQuantPrompts:
             raise SVDQuantError("there is no prompt: write one in each line")
         bar = comfy.utils.ProgressBar(len(lines))
         conditioning = []
-        for line in lines:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            conditioning += clip.encode_from_tokens_scheduled(clip.tokenize(line))
-            bar.update(1)
+        with Interruptible():
+            for line in lines:
+                conditioning += clip.encode_from_tokens_scheduled(clip.tokenize(line))
+                bar.update(1)
         return (conditioning,)

@@ -52,20 +52,22 @@ def descend(
     dtype, size = scale.dtype, awq.GROUP_SIZE
     # A column of the weight lies in one piece from here on, (K, N), and so do a group's ranges, each on its own.
     wanted, value = weight.t().contiguous(), awq.dequantize(codes, scale, zero).t().contiguous()
-    steps = awq.decode(codes).t().contiguous()
-    scales, zeros = ([column.clone() for column in t.t().float()] for t in (scale, zero))
+    steps, pull = awq.decode(codes).t().contiguous(), torch.empty_like(value)
+    starts = range(0, len(value), size)
+    metrics = [covariance[start : start + size, start : start + size].contiguous() for start in starts]
+    columns = (t.split(size) for t in (value, steps, pull))
+    ranges = ([row.clone() for row in t.t().float()] for t in (scale, zero))
+    groups = [Group(*parts) for parts in zip(metrics, *columns, *ranges, strict=True)]
     for _ in range(_PASSES):
-        pull = covariance @ (value - wanted)  # half of the gradient
-        for g, start in enumerate(range(0, len(wanted), size)):
-            columns, later = slice(start, start + size), slice(start + size, None)
-            before = value[columns].clone()
-            metric = covariance[columns, columns].contiguous()
-            group = Group(metric, value[columns], steps[columns], pull[columns], scales[g], zeros[g])
+        torch.mm(covariance, value - wanted, out=pull)  # half of the gradient
+        for start, group in zip(starts, groups, strict=True):
+            end, before = start + size, group.value.clone()
             _fit_range(group, dtype)
             take_codes(group)
-            pull[later].addmm_(covariance[later, columns], group.value - before)
+            pull[end:].addmm_(covariance[end:, start:end], group.value - before)
     codes = awq.encode(steps.t()).contiguous()
-    return codes, torch.stack(scales, dim=1).to(dtype), torch.stack(zeros, dim=1).to(dtype)
+    scale, zero = (torch.stack([getattr(group, name) for group in groups], dim=1) for name in ("scale", "zero"))
+    return codes, scale.to(dtype), zero.to(dtype)
 
 
 class Group(NamedTuple):

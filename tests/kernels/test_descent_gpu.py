@@ -7,20 +7,20 @@ import torch
 
 from svdq_core.kernels import descent as kernels
 from svdq_core.kernels import launch
+from svdq_core.numerics.awq import GROUP_SIZE as GROUP
 from svdq_core.quantizer import descent
 
 pytestmark = pytest.mark.gpu
-GROUP = 64
 
 
-def operands(n: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def operands(n: int) -> list[torch.Tensor]:
     """Random operands of take_codes on the CPU: channels go together, some groups have no range."""
     inputs = torch.randn((256, 8)) @ torch.randn((8, GROUP)) + 0.5 * torch.randn((256, GROUP))
     value, scale = torch.randn((GROUP, n)), 0.1 + torch.rand(n)
     scale[::7] = 0
     steps = torch.full((GROUP, n), float("nan"))  # what is not written must not read as a code
     pull, zero = torch.randn((GROUP, n)), 0.3 * torch.randn(n)
-    return [t.to(dtype) for t in (inputs.t() @ inputs / 256, value, steps, pull, scale, zero)]
+    return [inputs.t() @ inputs / 256, value, steps, pull, scale, zero]
 
 
 @pytest.mark.parametrize("n", [1, 63, 77, 3072, 18432])
