@@ -1,4 +1,4 @@
-"""The inner step of coordinate descent: the launch of ``csrc/descent.cu``."""
+"""A group's round of coordinate descent: the launch of ``csrc/descent.cu``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from . import plan
 from .launch import Kernel, expect, kernel_of, on
 
-_ARGUMENTS = struct.Struct("6Pi4x")
+_ARGUMENTS = struct.Struct("6P2i")
 
 
-def take_codes(
+def improve(
     metric: torch.Tensor,
     value: torch.Tensor,
     steps: torch.Tensor,
     pull: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
-    """As ``quantizer.descent.take_codes``, on the current stream of their CUDA device; ``pull`` stays as it is.
+    """As ``quantizer.descent.improve``, on the current stream of their CUDA device; ``pull`` stays as it is.
 
     Raises:
         KernelInputError: an operand is not what the kernel reads.
@@ -36,11 +37,10 @@ def take_codes(
         ("zero", zero, (n,)),
     ):
         expect("descent", name, tensor, value, shape, torch.float32)
-    index = value.device.index
+    index, pointers = value.device.index, (t.data_ptr() for t in (metric, value, steps, pull, scale, zero))
     with on(index):
         _kernel(index, n).launch(
-            torch._C._cuda_getCurrentRawStream(index),
-            _ARGUMENTS.pack(*(t.data_ptr() for t in (metric, value, steps, pull, scale, zero)), n),
+            torch._C._cuda_getCurrentRawStream(index), _ARGUMENTS.pack(*pointers, n, dtype == torch.bfloat16)
         )
 
 

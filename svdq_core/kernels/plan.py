@@ -804,7 +804,7 @@ class StatisticsBuild:
 class DescentBuild:
     """The build of ``csrc/descent.cu``: a thread has one output."""
 
-    bf16 = False  # no 16-bit type is in it
+    bf16 = False  # it rounds to either type, on every card
     source = "descent.cu"
     entry = "svdq_descent"
     threads = 64

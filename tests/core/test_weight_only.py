@@ -145,6 +145,18 @@ def test_descent_brings_outputs_of_unseen_inputs_closer(dtype):
     assert error(codes, fitted, unseen) < 0.6 * error(nearest, ranges, unseen)
 
 
+def test_a_group_of_equal_codes_keeps_its_range():
+    """Its scale and zero are one unknown: least squares for both is rounding divided by rounding."""
+    metric = torch.randn(256, 64)
+    metric = metric.t() @ metric / 256
+    steps, scale, zero = torch.full((64, 500), 3.0), torch.rand(500) + 0.1, torch.randn(500)
+    group = descent.Group(metric, steps * scale + zero, steps, metric @ torch.randn(64, 500), scale, zero)
+    before = scale.clone(), zero.clone()
+    descent.improve(group, torch.float16)
+    assert torch.equal(group.scale, before[0]) and torch.equal(group.zero, before[1])
+    assert group.steps.unique().numel() > 1
+
+
 def test_descent_never_ends_higher():
     random = torch.Generator().manual_seed(4)
     weight = torch.randn((32, 128), generator=random)
