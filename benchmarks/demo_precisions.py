@@ -2,10 +2,10 @@
 
     python -m benchmarks.demo_precisions
 
-Quantizes the demo model to each precision, with the modulation layers in W4A16 (the default) and in 16 bits,
-draws the same prompts and seeds with each, and writes PSNR, SSIM, LPIPS (where its weights are installed) and
-sizes to ``benchmarks/results/demo_precisions.json`` and a chart beside it. Needs ComfyUI (``make test`` fetches
-it) and runs on the CPU.
+Quantizes the demo model to each precision, with the modulation layers in W4A16, INT8 and 16 bits, draws the same
+prompts and seeds with each, and writes PSNR, SSIM, LPIPS (where its weights are installed) and sizes to
+``benchmarks/results/demo_precisions.json`` and a chart beside it. Needs ComfyUI (``make test`` fetches it) and runs
+on the CPU.
 """
 
 import json
@@ -31,7 +31,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"16bit": "#4c78a8", "awq_w4a16": "#9ecae9"}
+COLOURS = {"16bit": "#2f5f8f", "int8": "#6ba3d6", "awq_w4a16": "#b9d9f0"}
 
 
 def main() -> None:
@@ -97,13 +97,13 @@ def as_tensor(images: list[Image.Image]) -> torch.Tensor:
 
 
 def chart(rows: dict, prompts: int, path: Path) -> None:
-    """Bars of mean PSNR with the standard error over prompts, a pair for each precision."""
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    """Bars of mean PSNR with the standard error over prompts, one of each kind of modulations for each precision."""
+    figure, axes = plt.subplots(figsize=(7, 4.6))
     height = 0.8 / len(MODULATIONS)
     for place, modulations in enumerate(reversed(MODULATIONS)):
         chosen = [row for row in rows.values() if row["modulations"] == modulations]
         bars = axes.barh(
-            [index + (place - 0.5) * height for index in range(len(chosen))],
+            [index + (place - (len(MODULATIONS) - 1) / 2) * height for index in range(len(chosen))],
             [row["psnr_db"] for row in chosen],
             height,
             xerr=[row["psnr_db_standard_error"] for row in chosen],

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from svdq_core.architectures import ARCHITECTURES
-from svdq_core.formats.comfy_quant import LAYOUTS, LayerSpec
+from svdq_core.formats.comfy_quant import LayerSpec
 from svdq_core.quantizer.pipeline import DEFAULT_RANK, MODULATIONS, PRECISIONS, Settings
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ def sizes(shapes: dict[str, tuple[int, int]], settings: Settings) -> dict[str, f
         format_name = settings.format_of(FLUX, name)
         if format_name is None:
             continue
-        rank = settings.rank if LAYOUTS[format_name].low_rank else 0
+        rank = settings.rank_of(FLUX, name)
         layer = LayerSpec(name, format_name, n, k, rank, bias=True, dtype=torch.bfloat16)
         full += layer.nbytes_16bit
         quantized += layer.nbytes

@@ -70,6 +70,11 @@ def int8_operands(m: int, k: int, n: int, dtype: torch.dtype) -> Operands:
     return o | {"weight": codes, "weight_scale": scale.flatten()}
 
 
+def without_branch(o: Operands) -> Operands:
+    """The same at rank 0."""
+    return o | {name: o[name][:, :0] for name in ("proj_down", "proj_up")}
+
+
 def nvfp4_operands(m: int, k: int, n: int, dtype: torch.dtype) -> Operands:
     """Of ``linear_nvfp4``."""
     o, weight = _common(m, k, n, dtype)
@@ -165,8 +170,9 @@ def measure_layers() -> list[dict]:
 
 
 def measure_modulations(bandwidth: float) -> list[dict]:
-    """W4A16 at FLUX's modulations, and a copy of as many bytes: so few that it does not reach the bandwidth either.
+    """W4A16 and INT8 at FLUX's modulations.
 
+    Beside a copy of as many bytes as W4A16 moves: so few that it does not reach the bandwidth either.
     Layers run one after another, which may overlap, and as in a model, each after a SiLU that makes its input
     (``after_silu``): of pairs less what their SiLUs take alone.
     """
@@ -176,6 +182,8 @@ def measure_modulations(bandwidth: float) -> list[dict]:
         moved = n * k // 2 + 4 * n * k // awq.GROUP_SIZE + 2 * (m * k + m * n + n)
         sets = bench.copies(lambda s=(m, k, n): awq_operands(*s, torch.bfloat16), moved)
         us = bench.median_us([lambda o=o: linear_awq_w4a16(**o) for o in sets])
+        eights = bench.copies(lambda s=(m, k, n): without_branch(int8_operands(*s, torch.bfloat16)), n * k)
+        int8_us = bench.median_us([lambda o=o: linear_int8(**o) for o in eights])
         weights = bench.copies(lambda s=(n, k): torch.randn(s, device="cuda", dtype=torch.bfloat16), 2 * n * k)
         dense = bench.median_us([lambda w=w, o=sets[0]: linear(o["x"], w) for w in weights])
         pairs = [lambda o=o: linear_awq_w4a16(**o | {"x": silu(o["x"])}) for o in sets]
@@ -187,7 +195,7 @@ def measure_modulations(bandwidth: float) -> list[dict]:
             lambda size=moved // 8: (torch.randn(size, device="cuda"), torch.empty(size, device="cuda")), moved
         )
         copy = bench.median_us([lambda a=a, b=b: torch.mul(a, 1.0, out=b) for a, b in halves])
-        result = {"m": m, "k": k, "n": n, "w4a16_us": us, "16bit_us": dense, "copy_us": copy}
+        result = {"m": m, "k": k, "n": n, "w4a16_us": us, "int8_us": int8_us, "16bit_us": dense, "copy_us": copy}
         result |= {"w4a16_after_silu_us": after_silu, "16bit_after_silu_us": dense_after_silu}
         results.append(result | {"share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth})
         print(results[-1], flush=True)

@@ -10,6 +10,7 @@ from ..svdq_core.host.loader import load_quantized
 from ..svdq_core.host.progress import QuantizationProgress, layer_error
 from ..svdq_core.host.source import ModelSource, with_patches_of, without_patches
 from ..svdq_core.quantizer.pipeline import (
+    AUTO,
     DEFAULT_RANK,
     MAX_RANK,
     MODULATIONS,
@@ -135,12 +136,13 @@ class SVDQuantQuantizeCheckpoint:
                     },
                 ),
                 "modulations": (
-                    list(MODULATIONS),
+                    [AUTO, *MODULATIONS],
                     {
-                        "default": "awq_w4a16",
+                        "default": AUTO,
                         "advanced": True,
-                        "tooltip": "Of FLUX's modulation layers, a quarter of its weights. awq_w4a16: 4-bit "
-                        "weights. 16bit: as they are, a larger file that is a little closer to 16 bits.",
+                        "tooltip": "Of FLUX's modulation layers, a quarter of its weights. auto: awq_w4a16, "
+                        "and int8 for a model in int8. awq_w4a16: 4-bit weights. int8: twice as large, much closer. "
+                        "16bit: as they are.",
                     },
                 ),
                 "calibration": (
@@ -183,7 +185,7 @@ class SVDQuantQuantizeCheckpoint:
         latent=None,
         save_calibration=False,
         bake_loras=True,
-        modulations="awq_w4a16",
+        modulations=AUTO,
         calibration="",
         keep_broken=False,
     ):

@@ -11,6 +11,7 @@ from . import bench
 from .doctor import diagnose
 from .errors import SVDQuantError
 from .quantizer.pipeline import (
+    AUTO,
     DEFAULT_RANK,
     MODULATIONS,
     PRECISIONS,
@@ -54,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument(
         "--modulations",
-        choices=MODULATIONS,
-        default="awq_w4a16",
-        help="of the modulation layers: 4-bit weights, or as they are (default: awq_w4a16)",
+        choices=(AUTO, *MODULATIONS),
+        default=AUTO,
+        help="of the modulation layers: 4-bit weights, 8-bit, or as they are (default: int8 for int8, else awq_w4a16)",
     )
     quantize.add_argument(
         "--recipe",

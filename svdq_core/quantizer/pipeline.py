@@ -47,7 +47,8 @@ from .statistics import Calibration
 
 # What a user picks for the body and for the modulations, and the format that it means; None leaves 16 bits.
 PRECISIONS = {"int4": SVDQUANT_W4A4, "nvfp4": SVDQUANT_NVFP4, "int8": SVDQUANT_W8A8, "nf4": NF4_W4A16}
-MODULATIONS = {"awq_w4a16": AWQ_W4A16, "16bit": None}
+MODULATIONS = {"awq_w4a16": AWQ_W4A16, "int8": SVDQUANT_W8A8, "16bit": None}
+AUTO = "auto"  # modulations that go with the body
 DEFAULT_RANK = 32
 MAX_RANK = 256
 
@@ -113,10 +114,11 @@ class Settings:
     Attributes:
         precision: of the body's layers; one of ``PRECISIONS``.
         recipe: a name of ``recipes.RECIPES``.
-        rank: of the low-rank branch, 0 to 256; weight-only formats have none.
+        rank: of the low-rank branch, 0 to 256; weight-only formats and modulations have none.
         skip: layers to leave in 16 bits: names, or shell patterns (``double_blocks.0.*``).
         seed: of everything random.
-        modulations: precision of the modulation layers; one of ``MODULATIONS``.
+        modulations: precision of the modulation layers; one of ``MODULATIONS``, or ``AUTO``: W4A16, and INT8 beside a
+            body in INT8, to whose error 4-bit ones would add several times as much.
         max_error: a layer whose relative error (of its output where calibration measured it, else of its weight)
             is larger is kept in 8 bits, or in 16 where that is not enough.
         keep_broken: leave layers with NaN or infinite weights as they are instead of stopping.
@@ -127,7 +129,7 @@ class Settings:
     rank: int = DEFAULT_RANK
     skip: Sequence[str] = ()
     seed: int = 0
-    modulations: str = "awq_w4a16"
+    modulations: str = AUTO
     max_error: float = 0.5
     keep_broken: bool = False
 
@@ -135,8 +137,8 @@ class Settings:
         """Raise SVDQuantError for a value that makes no sense."""
         if self.precision not in PRECISIONS:
             raise SVDQuantError(f"precision {self.precision!r} is not one of {tuple(PRECISIONS)}")
-        if self.modulations not in MODULATIONS:
-            raise SVDQuantError(f"modulations {self.modulations!r} is not one of {tuple(MODULATIONS)}")
+        if self.modulations not in (AUTO, *MODULATIONS):
+            raise SVDQuantError(f"modulations {self.modulations!r} is not one of {(AUTO, *MODULATIONS)}")
         if self.recipe not in RECIPES:
             raise SVDQuantError(f"recipe {self.recipe!r} is not one of {tuple(RECIPES)}")
         if not 0 <= self.rank <= MAX_RANK:
@@ -144,12 +146,24 @@ class Settings:
         if not self.max_error > 0:
             raise SVDQuantError(f"max_error {self.max_error} is not above 0")
 
+    @property
+    def modulation_precision(self) -> str:
+        """The one of ``MODULATIONS`` that is meant."""
+        if self.modulations != AUTO:
+            return self.modulations
+        return "int8" if self.precision == "int8" else "awq_w4a16"
+
     def format_of(self, architecture: Architecture, layer: str) -> str | None:
         """The format that a layer (a module name) gets; None for one that stays in 16 bits."""
         kind = architecture.kind(layer)
         if kind is None or any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.skip):
             return None
-        return MODULATIONS[self.modulations] if kind == MODULATION else PRECISIONS[self.precision]
+        return MODULATIONS[self.modulation_precision] if kind == MODULATION else PRECISIONS[self.precision]
+
+    def rank_of(self, architecture: Architecture, layer: str) -> int:
+        """The rank of the branch of a layer that gets a format; 8 bits are enough for a modulation without one."""
+        low_rank = LAYOUTS[self.format_of(architecture, layer)].low_rank
+        return self.rank if low_rank and architecture.kind(layer) != MODULATION else 0
 
 
 @dataclass(frozen=True)
@@ -233,7 +247,8 @@ def plan(source: WeightSource, settings: Settings) -> Plan:
         layer = key.removesuffix(".weight")
         format_name = settings.format_of(architecture, layer) if key.endswith(".weight") else None
         if format_name is not None:
-            layers[layer] = _layer_spec(source, layer, format_name, architecture, settings.rank, dtype)
+            rank = settings.rank_of(architecture, layer)
+            layers[layer] = _layer_spec(source, layer, format_name, architecture, rank, dtype)
         else:
             stored = dtype if spec.dtype.is_floating_point else spec.dtype
             plain[key] = TensorSpec(spec.shape, stored)
@@ -515,7 +530,7 @@ def _layer_spec(source, layer, format_name, architecture, rank, dtype) -> LayerS
         format=format_name,
         out_features=shape[0],
         in_features=shape[1],
-        rank=rank if LAYOUTS[format_name].low_rank else 0,
+        rank=rank,
         bias=unsigned or f"{layer}.bias" in source.specs,  # the shift's correction needs a bias
         dtype=dtype,
         act_unsigned=unsigned,
@@ -549,7 +564,7 @@ def _about(planned: Plan, settings: Settings, calibration: Calibration | None) -
         "version": __version__,
         "architecture": planned.architecture.name,
         "precision": settings.precision,
-        "modulations": settings.modulations,
+        "modulations": settings.modulation_precision,
         "recipe": settings.recipe,
         "rank": max(layer.rank for layer in planned.layers.values()),
         "seed": settings.seed,

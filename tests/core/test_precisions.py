@@ -161,12 +161,32 @@ def test_a_file_says_its_formats_layer_by_layer(full, tmp_path, precision, modul
     if MODULATIONS[modulations]:
         wanted |= dict.fromkeys(small_flux.modulations(), MODULATIONS[modulations])
     assert {name: layer.format for name, layer in checkpoint.layers.items()} == wanted
+    assert all(layer.rank == 0 for name, layer in checkpoint.layers.items() if name in small_flux.modulations())
     stored = {name: layer.stored_format for name, layer in checkpoint.layers.items()}
     assert {layer.name: layer.format for layer in summary.layers} == stored
     assert all(form in summary.text() for form in stored.values())
     assert sum(layer.nbytes for layer in checkpoint.layers.values()) == sum(
         tensor.nbytes for key, tensor in load_file(path).items() if key not in checkpoint.plain and "quant" not in key
     )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_modulations_have_4_bits_unless_told_otherwise_and_8_where_the_body_has(full, tmp_path, precision):
+    path = tmp_path / "q.safetensors"
+    quantize_checkpoint(FileSource(full), path, Settings(precision, "fast", 16))
+    checkpoint = QuantizedCheckpoint(path)
+    expected = "svdquant_w8a8" if precision == "int8" else "awq_w4a16"
+    assert {checkpoint.layers[name].format for name in small_flux.modulations()} == {expected}
+    assert checkpoint.report["modulations"] == ("int8" if precision == "int8" else "awq_w4a16")
+
+
+def test_8_bit_modulations_are_several_times_as_close(full, tmp_path, calibration):
+    errors = {}
+    for modulations in ("awq_w4a16", "int8"):
+        settings = Settings("int8", "balanced", 16, skip=small_flux.body_layers()[1:], modulations=modulations)
+        report = quantize_checkpoint(FileSource(full), tmp_path / modulations, settings, calibration)
+        errors[modulations] = report.layers[MODULATION]["weight_error"]
+    assert errors["int8"] < 0.25 * errors["awq_w4a16"]
 
 
 def test_one_file_may_mix_them_all(files, tmp_path):

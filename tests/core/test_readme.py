@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from svdq_core.quantizer.pipeline import Settings
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
@@ -48,7 +50,9 @@ def test_sizes_of_flux():
     sizes = RESULTS["flux_sizes"]["FLUX.1-dev"]
     for precision, _, written, _ in table("Precisions", "precision"):
         if "modulations" not in precision:
-            entry = sizes["precisions at rank 32"][f"{precision.strip('`')}, modulations awq_w4a16"]
+            precision = precision.strip("`")
+            modulations = Settings(precision).modulation_precision
+            entry = sizes["precisions at rank 32"][f"{precision}, modulations {modulations}"]
             assert written == f"{entry['file_bytes'] / 1e9:.1f} GB"
 
 
@@ -107,7 +111,7 @@ def test_speed_of_other_precisions():
         if row["m"] in (1, 8):
             share = f"{row['share_of_copy_bandwidth']:.0%}".replace("%", " %")
             shape = f"{row['m']} x {row['k']} x {row['n']}"
-            times = " | ".join(f"{row[f'{name}_us']:.1f}" for name in ("16bit", "w4a16", "copy"))
+            times = " | ".join(f"{row[f'{name}_us']:.1f}" for name in ("16bit", "int8", "w4a16", "copy"))
             assert f"| {shape} | {times} | {share} |" in text
     together = [
         [

@@ -83,7 +83,7 @@ def test_a_half_precision_host_keeps_each_tensor_s_own_type(host, file, monkeypa
 @pytest.mark.parametrize("precision", ["nvfp4", "int8", "nf4"])
 def test_the_node_makes_it_and_inspect_shows_it(server, models, precision):  # noqa: F811
     graph = Graph()
-    choice = "16bit" if precision == "int8" else "awq_w4a16"
+    choice = {"nvfp4": "16bit", "int8": "int8", "nf4": "awq_w4a16"}[precision]
     prompts = () if precision == "nf4" else ("a", "b")
     quantizer = quantize(graph, f"made/{precision}", prompts, precision=precision, modulations=choice)
     inspect = graph.add("SVDQuantInspect", model_name="small.safetensors", model=quantizer[0])
