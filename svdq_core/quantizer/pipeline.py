@@ -463,10 +463,9 @@ class _Work:
 
     def _quantize_as(self, spec: LayerSpec, weight, bias) -> QuantizedLayer:
         statistics = self._statistics.get(spec.name)
+        recipe = RECIPES["fast"] if statistics is None and self._recipe.calibrates else self._recipe
         with _naming(self._source):
-            return quantize_within_memory(
-                spec, weight, bias, statistics, self._recipe, self._settings.seed, self._device
-            )
+            return quantize_within_memory(spec, weight, bias, statistics, recipe, self._settings.seed, self._device)
 
     def _lowered(self, name: str, format_name: str) -> LayerSpec | None:
         """A layer in a format of higher precision than planned; None for 16 bits."""
@@ -554,8 +553,9 @@ def _statistics_for(planned, recipe, settings, calibration) -> Mapping:
         return {}
     if calibration is None:
         raise SVDQuantError(f"the recipe {settings.recipe!r} needs calibration. Calibrate first, or take 'fast'.")
-    # Weight-only layers do without: files saved before they were quantized serve on.
-    calibration.check(name for name in planned.layers if name in calibration.layers or name in planned.smoothed)
+    # Weight-only layers and modulations do without: files saved before they were quantized serve on.
+    needed = {name for name in planned.smoothed if planned.architecture.kind(name) != MODULATION}
+    calibration.check(name for name in planned.layers if name in calibration.layers or name in needed)
     return calibration.layers
 
 

@@ -225,10 +225,11 @@ def test_nf4_needs_neither_calibration_nor_rank(full, tmp_path):
     assert QuantizedCheckpoint(tmp_path / "q.safetensors").report["rank"] == 0
 
 
-def test_a_calibration_saved_before_modulations_were_quantized_serves_on(full, tmp_path, calibration):
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_calibration_saved_before_modulations_were_quantized_serves_on(full, tmp_path, calibration, precision):
     old = Calibration(rows=256)
     old.layers = {name: calibration.layers[name] for name in small_flux.body_layers()}
-    report = quantize_checkpoint(FileSource(full), tmp_path / "q.safetensors", Settings(), old)
+    report = quantize_checkpoint(FileSource(full), tmp_path / "q.safetensors", Settings(precision), old)
     assert "output_error" in report.layers[LAYER] and "output_error" not in report.layers[MODULATION]
 
 
