@@ -24,7 +24,7 @@ from svdq_core.kernels import prefers_int8
 from svdq_core.numerics import awq, int4, int8, nvfp4
 from svdq_core.ops.as_int8 import linear_as_int8
 from svdq_core.ops.awq import linear_awq_w4a16, linears_awq_w4a16
-from svdq_core.ops.int8 import linear_int8
+from svdq_core.ops.int8 import linear_int8, linears_int8
 from svdq_core.ops.nvfp4 import linear_nvfp4
 
 RANK, LORA_RANK = 32, 16
@@ -197,27 +197,51 @@ def measure_modulations(bandwidth: float) -> list[dict]:
         copy = bench.median_us([lambda a=a, b=b: torch.mul(a, 1.0, out=b) for a, b in halves])
         result = {"m": m, "k": k, "n": n, "w4a16_us": us, "int8_us": int8_us, "16bit_us": dense, "copy_us": copy}
         result |= {"w4a16_after_silu_us": after_silu, "16bit_after_silu_us": dense_after_silu}
-        results.append(result | {"share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth})
+        result["share_of_copy_bandwidth"] = moved / (us * 1e-6) / bandwidth
+        moved = n * k + 4 * n + 2 * (m * k + m * n + n + k)
+        results.append(result | {"int8_share_of_copy_bandwidth": moved / (int8_us * 1e-6) / bandwidth})
         print(results[-1], flush=True)
     return results
 
 
 def measure_modulations_together(bandwidth: float) -> list[dict]:
     """All of FLUX.1's modulations, as a step computes them: by one kernel; and for comparison one after another."""
-    names = ("weight", "weight_scale", "weight_zero", "bias")
+    awq_names = ("weight", "weight_scale", "weight_zero", "bias")
+    int8_names = ("smooth_factor", "weight", "weight_scale", "bias")
+    return [
+        *_together("w4a16", awq_operands, awq_names, linears_awq_w4a16, linear_awq_w4a16, bandwidth),
+        *_together("int8", int8_operands, int8_names, linears_int8, int8_alone, bandwidth),
+    ]
+
+
+def _together(
+    precision: str,
+    make: Callable[..., Operands],
+    names: tuple[str, ...],
+    operator: Callable,
+    alone: Callable,
+    bandwidth: float,
+) -> list[dict]:
     every = [shape for shape, count in MODULATIONS.items() for _ in range(count)]
-    layers = [[o[name] for name in names] for o in (awq_operands(1, k, n, torch.bfloat16) for k, n in every)]
+    layers = [[o[name] for name in names] for o in (make(1, *shape, torch.bfloat16) for shape in every)]
     weights = sum(tensor.nbytes for layer in layers for tensor in layer)
     results = []
     for m in (1, 4, 8):
         x = torch.randn((m, every[0][0]), device="cuda", dtype=torch.bfloat16)
-        us = bench.median_us([lambda x=x: linears_awq_w4a16(x, *zip(*layers, strict=True))])
-        one_by_one = bench.median_us([lambda x=x: [linear_awq_w4a16(x, *layer) for layer in layers]])
+        us = bench.median_us([lambda x=x: operator(x, *zip(*layers, strict=True))])
+        one_by_one = bench.median_us([lambda x=x: [alone(x, *layer) for layer in layers]])
         moved = weights + 2 * m * (x.shape[1] + sum(n for _, n in every))
-        results.append({"m": m, "layers": len(layers), "bytes": moved, "w4a16_us": us, "one_by_one_us": one_by_one})
-        results[-1]["share_of_copy_bandwidth"] = moved / (us * 1e-6) / bandwidth
-        print(results[-1], flush=True)
+        result = {"precision": precision, "m": m, "layers": len(layers), "bytes": moved, "us": us}
+        result |= {"one_by_one_us": one_by_one, "share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth}
+        results.append(result)
+        print(result, flush=True)
     return results
+
+
+def int8_alone(x: torch.Tensor, smooth_factor, weight, weight_scale, bias) -> torch.Tensor:
+    """``linear_int8`` without a low-rank branch."""
+    none = x.new_empty((x.shape[1], 0)), x.new_empty((len(weight), 0))
+    return linear_int8(x, smooth_factor, none[0], weight, weight_scale, none[1], bias)
 
 
 def measure_lora() -> dict:

@@ -289,6 +289,10 @@ SVDQ_DEVICE u32 load_shared4(u32 shared) {
     return v;
 }
 
+SVDQ_DEVICE void shared_add(u32 shared, int value) {
+    asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
 SVDQ_DEVICE void shared_maximum(u32 shared, u32 value) {
     asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
@@ -413,6 +417,27 @@ SVDQ_DEVICE void mma_4bit(u32 (&result)[4], const u32 (&a)[4], u32 b0, u32 b1, u
         SVDQ_MMA4("s4");
     }
 #    undef SVDQ_MMA4
+#    undef SVDQ_MMA
+#endif
+}
+
+// sum (16 x 8, int32) += a (16 x 32) b (32 x 8), signed bytes.
+SVDQ_DEVICE void mma_8bit(int (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if SVDQ_ARCH >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    // sm_75 has a quarter of it, m8n8k16, with the same fragments.
+#    define SVDQ_MMA(r0, r1, a, b)                                                           \
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
+            : "+r"(r0), "+r"(r1)                                                             \
+            : "r"(a), "r"(b))
+    SVDQ_MMA(sum[0], sum[1], a[0], b0);
+    SVDQ_MMA(sum[2], sum[3], a[1], b0);
+    SVDQ_MMA(sum[0], sum[1], a[2], b1);
+    SVDQ_MMA(sum[2], sum[3], a[3], b1);
 #    undef SVDQ_MMA
 #endif
 }

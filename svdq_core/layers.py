@@ -16,7 +16,7 @@ from .ops.block import gelu_concat
 from .ops.cuda import linear_as_int8_now, linear_as_int8_of_gelu_now, release
 from .ops.fused import HEAD, gelu_quantize_act_int4, linear_norm_rope_int4
 from .ops.int4 import linear_int4, linear_w4a4, quantize_act_int4
-from .ops.int8 import linear_int8
+from .ops.int8 import linear_int8, linears_int8
 from .ops.nf4 import linear_nf4
 from .ops.nvfp4 import linear_nvfp4
 
@@ -347,18 +347,36 @@ class SVDQLinear(torch.nn.Module):
         )
 
 
+# (x, a list of each tensor) -> outputs of layers that have no low-rank branch, by the names of those tensors.
+_LINEARS: Mapping[str, tuple[Callable[..., list[torch.Tensor]], tuple[str, ...]]] = {
+    comfy_quant.AWQ_W4A16: (linears_awq_w4a16, ("weight", "weight_scale", "weight_zero", "bias")),
+    comfy_quant.SVDQUANT_W8A8: (linears_int8, ("smooth_factor", "weight", "weight_scale", "bias")),
+}
+
+
+def goes_together(layer: SVDQLinear) -> bool:
+    """Whether :func:`evaluate_together` takes a layer: in W4A16, or in INT8 without a branch or an adapter's rank."""
+    if layer.spec.format not in _LINEARS:
+        return False
+    return not layer.spec.layout.low_rank or layer.active_tensors()["proj_up"].shape[1] == 0
+
+
 def evaluate_together(layers: Sequence[SVDQLinear], x: torch.Tensor) -> list[torch.Tensor]:
-    """What each of these layers gives for the same input, by one kernel.
+    """What each of these layers gives for the same input, by one kernel for those of one format.
 
     Args:
-        layers: in ``awq_w4a16``, of the same K, their tensors on the input's device.
+        layers: that ``goes_together``, of the same K, their tensors on the input's device.
         x: (M, K).
 
     Returns:
         (M, N) of each, adapters included.
     """
     rows = x.contiguous()
-    tensors = [layer._in_type_of(rows, layer.active_tensors()) for layer in layers]
-    names = ("weight", "weight_scale", "weight_zero", "bias")
-    outputs = linears_awq_w4a16(rows, *([each[name] for each in tensors] for name in names))
-    return [layer._adapted(y, rows, each) for layer, y, each in zip(layers, outputs, tensors, strict=True)]
+    outputs: dict[SVDQLinear, torch.Tensor] = {}
+    for format_name, (operator, names) in _LINEARS.items():
+        some = [layer for layer in layers if layer.spec.format == format_name]
+        tensors = [layer._in_type_of(rows, layer.active_tensors()) for layer in some]
+        found = operator(rows, *([each[name] for each in tensors] for name in names)) if some else []
+        for layer, y, each in zip(some, found, tensors, strict=True):
+            outputs[layer] = layer._adapted(y, rows, each)
+    return [outputs[layer] for layer in layers]

@@ -11,16 +11,16 @@ import comfy.ldm.flux.layers as layers
 import comfy.ops
 import torch
 
-from ..formats.comfy_quant import AWQ_W4A16
-from ..layers import evaluate_together
+from ..layers import evaluate_together, goes_together
 from .operations import QuantizedLinear
 
 
 class Modulations:
     """What the blocks of one model ask for their modulations.
 
-    The first block of a step has all of them computed, the others find theirs. One that is anything but a W4A16 layer
-    on the input's device (offloaded, hooked, patched by another pack) is computed by the host, when it is asked for.
+    The first block of a step has all of them computed, the others find theirs. One that is anything but a W4A16 layer,
+    or one in INT8 without a low-rank branch, on the input's device (offloaded, hooked, patched by another pack) is
+    computed by the host, when it is asked for.
 
     Args:
         modules: the host's, of all blocks.
@@ -61,13 +61,13 @@ class Modulations:
 
 
 def _is_plain(module: layers.Modulation, vec: torch.Tensor) -> bool:
-    """Whether the host's module would do nothing but evaluate its layer in W4A16."""
+    """Whether the host's module would do nothing but evaluate a layer that goes together with others."""
     layer = module.lin
     return (
         type(module).forward.__module__ == layers.__name__
         and type(layer) is QuantizedLinear
-        and layer.spec.format == AWQ_W4A16
         and layer.in_features == vec.shape[-1]
         and layer.is_plain_on(vec.device)
+        and goes_together(layer)
         and not (module._forward_hooks or module._forward_pre_hooks)
     )

@@ -1,22 +1,18 @@
-"""W4A16 in AWQ's format: the launches of ``csrc/gemv_awq.cu``, and what takes more rows than it does."""
+"""W4A16 in AWQ's format: ``csrc/gemv_awq.cu`` for few rows, and what takes more."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
 from ..numerics import awq, int4
-from . import plan
-from .launch import SIXTEEN_BIT, Kernel, KernelInputError, card, check_limits, expect, kernel_of, on, starts_early
+from . import gemv, plan
+from .launch import SIXTEEN_BIT, KernelInputError, check_limits, expect
 
-_HEAD, _LAYER = struct.Struct("2P6i"), struct.Struct("4P2i")  # Arguments, and its Layer
+_KERNEL = plan.GemvAwqBuild
 _NAME = "linear_awq_w4a16"
 _SLAB = 2**22  # weights that are dequantized at once: 16 MB of float32
-
-_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # weight, scale, zero, bias
 
 
 def linear(
@@ -35,12 +31,7 @@ def linear(
     _check_input(x)
     _check_layer(x, *layer)
     m, n = x.shape[0], weight.shape[0]
-    if not _takes(m, n):
-        return _dequantize_and_multiply(x, *layer)
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    if m:
-        _launch(x, [layer], (n,), out)
-    return out
+    return gemv.evaluate(_KERNEL, x, layer, n) if _takes(m, n) else _dequantize_and_multiply(x, *layer)
 
 
 def linears(
@@ -59,19 +50,9 @@ def linears(
     _check_input(x)
     for layer in layers:
         _check_layer(x, *layer)
-    m, outputs = x.shape[0], tuple(each.shape[0] for each in weight)
-    out = torch.empty(m * sum(outputs), dtype=x.dtype, device=x.device)
-    if out.numel() >= 2**31:
-        raise KernelInputError(f"svdq::{_NAME}: {len(layers)} layers have more than 2^31 outputs; split them")
-    parts = out.split([m * n for n in outputs])
-    if not all(_takes(m, n) for n in outputs):
-        for part, layer, n in zip(parts, layers, outputs, strict=True):
-            part.view(m, n).copy_(linear(x, *layer))
-    elif m:
-        for first in range(0, len(layers), plan.GemvAwqBuild.most_layers):
-            some = slice(first, first + plan.GemvAwqBuild.most_layers)
-            _launch(x, layers[some], outputs[some], parts[first])
-    return out
+    outputs = tuple(each.shape[0] for each in weight)
+    taken = all(_takes(x.shape[0], n) for n in outputs)
+    return gemv.evaluate_several(_NAME, _KERNEL, x, layers, outputs, taken, linear)
 
 
 def _check_input(x: torch.Tensor) -> None:
@@ -94,48 +75,7 @@ def _check_layer(x: torch.Tensor, weight, weight_scale, weight_zero, bias) -> No
 
 def _takes(m: int, n: int) -> bool:
     """The kernel copies eight scales at a time, of 16 outputs."""
-    return m <= plan.GemvAwqBuild.most_m and n >= plan.GemvAwqBuild.rows and n % 8 == 0
-
-
-def _launch(x: torch.Tensor, layers: Sequence[_Layer], outputs: tuple[int, ...], out: torch.Tensor) -> None:
-    """Start the kernel on checked operands of at least one row; ``out`` begins with the first layer's outputs."""
-    (m, k), index = x.shape, x.device.index
-    with on(index):
-        kernel, shape = _kernel(index, m, outputs, k, x.dtype == torch.bfloat16)
-        arguments = bytearray(_HEAD.size + _LAYER.size * shape.build.layers)
-        _HEAD.pack_into(
-            arguments,
-            0,
-            x.data_ptr(),
-            out.data_ptr(),
-            m,
-            k,
-            shape.rounds,
-            shape.tiles,
-            shape.longer,
-            shape.batch,
-        )
-        before = 0
-        for i, (weight, scale, zero, bias) in enumerate(layers):
-            _LAYER.pack_into(
-                arguments,
-                _HEAD.size + _LAYER.size * i,
-                weight.data_ptr(),
-                scale.data_ptr(),
-                zero.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                outputs[i],
-                before,
-            )
-            before += outputs[i]
-        kernel.launch(torch._C._cuda_getCurrentRawStream(index), bytes(arguments))
-
-
-@lru_cache(maxsize=4096)
-def _kernel(index: int, m: int, outputs: tuple[int, ...], k: int, bf16: bool) -> tuple[Kernel, plan.GemvLaunch]:
-    shape = plan.gemv_awq_launch(*card(index), m, outputs, k, bf16)
-    kernel = kernel_of(index, shape.build, (shape.blocks, 1, 1), shape.shared)
-    return kernel._replace(threads=shape.warps * 32, early=starts_early(index)), shape
+    return m <= _KERNEL.most_m and n >= _KERNEL.rows and n % 8 == 0
 
 
 def _dequantize_and_multiply(x, weight, weight_scale, weight_zero, bias) -> torch.Tensor:

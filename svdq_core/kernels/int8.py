@@ -1,19 +1,21 @@
-"""W8A8: the launches of ``csrc/quantize_int8.cu`` and ``csrc/gemm_int8.cu``, and on Hopper of its own kernels."""
+"""W8A8: ``csrc/gemv_int8.cu`` for few rows; for more ``quantize_int8.cu`` and ``gemm_int8.cu``, or Hopper's own."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
-from . import plan, rows, w8a8
+from . import gemv, plan, rows, w8a8
 from .launch import (
     Kernel,
     KernelInputError,
     card,
     check_limits,
     check_quantizer_input,
+    check_rows,
     expect,
     kernel_of,
     on,
@@ -26,6 +28,7 @@ _QUANTIZE = struct.Struct("5P3i4x")
 _GEMM = struct.Struct("9P5i4x")
 _NAME = "linear_int8"
 _MOST_K = 2**17  # of products up to 127 * 128
+_FEW_ROWS = plan.GemvInt8Build
 
 
 def linear(
@@ -43,6 +46,45 @@ def linear(
         KernelInputError: an operand that the kernels do not take.
     """
     check_quantizer_input(_NAME, x, smooth_factor, proj_down)
+    _check_weight(x, weight, weight_scale, bias)
+    (m, k), n = x.shape, weight.shape[0]
+    expect(_NAME, "proj_up", proj_up, x, (n, proj_down.shape[1]), x.dtype)
+    if proj_down.shape[1] == 0 and _are_few(m, k, n):
+        return gemv.evaluate(_FEW_ROWS, x, (smooth_factor, weight, weight_scale, bias), n)
+    quantized = quantize(x, smooth_factor, proj_down)
+    if card(x.device.index)[0] == plan.HOPPER:
+        return w8a8.multiply(*quantized, weight, weight_scale, proj_up, bias)
+    return multiply(*quantized, weight, weight_scale, proj_up, bias)
+
+
+def linears(
+    x: torch.Tensor,
+    smooth_factor: Sequence[torch.Tensor],
+    weight: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """``svdq::linears_int8``.
+
+    Raises:
+        KernelInputError: an operand that the kernels do not take.
+    """
+    check_rows(_NAME, x)
+    m, k = x.shape
+    layers = list(zip(smooth_factor, weight, weight_scale, bias, strict=True))
+    for smooth, *others in layers:
+        expect(_NAME, "smooth_factor", smooth, x, (k,), x.dtype)
+        _check_weight(x, *others)
+
+    def without_branch(x, smooth, weight, weight_scale, bias):
+        return linear(x, smooth, x.new_empty((k, 0)), weight, weight_scale, x.new_empty((len(weight), 0)), bias)
+
+    outputs = tuple(each.shape[0] for each in weight)
+    taken = all(_are_few(m, k, n) for n in outputs)
+    return gemv.evaluate_several(_NAME, _FEW_ROWS, x, layers, outputs, taken, without_branch)
+
+
+def _check_weight(x: torch.Tensor, weight: torch.Tensor, weight_scale, bias) -> None:
     (m, k), n = x.shape, weight.shape[0]
     check_limits(_NAME, m, n, k)
     if k > _MOST_K:
@@ -51,13 +93,13 @@ def linear(
         raise KernelInputError(f"svdq::{_NAME}: N = {n} is not a positive multiple of 8")
     expect(_NAME, "weight", weight, x, (n, k), torch.int8)
     expect(_NAME, "weight_scale", weight_scale, x, (n,), torch.float32)
-    expect(_NAME, "proj_up", proj_up, x, (n, proj_down.shape[1]), x.dtype)
     if bias is not None:
         expect(_NAME, "bias", bias, x, (n,), x.dtype)
-    quantized = quantize(x, smooth_factor, proj_down)
-    if card(x.device.index)[0] == plan.HOPPER:
-        return w8a8.multiply(*quantized, weight, weight_scale, proj_up, bias)
-    return multiply(*quantized, weight, weight_scale, proj_up, bias)
+
+
+def _are_few(m: int, k: int, n: int) -> bool:
+    """Whether the kernel for few rows takes a layer without a branch."""
+    return m <= _FEW_ROWS.most_m and k <= _FEW_ROWS.most_k and n >= _FEW_ROWS.rows
 
 
 def quantize(

@@ -186,11 +186,11 @@ class QuantizerOutputs(NamedTuple):
     down_scale: torch.Tensor | None = None
 
 
-def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor) -> None:
-    """Raise unless the quantizer takes these operands of ``svdq::name``.
+def check_rows(name: str, x: torch.Tensor) -> None:
+    """Raise unless the quantizers take ``x`` (M, K) of ``svdq::name``.
 
     Raises:
-        KernelInputError: it does not.
+        KernelInputError: they do not.
     """
     if x.dim() != 2 or x.dtype not in SIXTEEN_BIT:
         raise KernelInputError(f"svdq::{name}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
@@ -198,7 +198,16 @@ def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tenso
     _check_width(name, k)
     check_limits(name, m, 1, k)
     expect(name, "x", x, x, (m, k), x.dtype)
-    _check_quantizer_layer(name, x, k, smooth_factor, proj_down)
+
+
+def check_quantizer_input(name: str, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor) -> None:
+    """Raise unless the quantizer takes these operands of ``svdq::name``.
+
+    Raises:
+        KernelInputError: it does not.
+    """
+    check_rows(name, x)
+    _check_quantizer_layer(name, x, x.shape[1], smooth_factor, proj_down)
 
 
 def _check_quantizer_layer(name: str, x: torch.Tensor, k: int, smooth_factor, proj_down) -> None:

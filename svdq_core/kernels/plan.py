@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 GROUP = 64
 
@@ -460,8 +460,8 @@ INT8_TILES = (replace(MEDIUM, stages=3), SMALL)
 
 
 @dataclass(frozen=True)
-class GemvAwqBuild:
-    """One build of ``csrc/gemv_awq.cu``; a warp has ``stages`` tiles of 16 outputs and four groups at once.
+class _GemvBuild:
+    """A product of at most ``most_m`` rows: a warp has ``stages`` tiles of 16 outputs and ``columns`` of K at once.
 
     ``layers`` is how many layers of one input a launch may have.
     """
@@ -471,21 +471,28 @@ class GemvAwqBuild:
     stages: int
     most_shared: int
 
-    source = "gemv_awq.cu"
-    entry = "svdq_gemv_awq"
-    rows, groups, most_m = 16, 4, 8  # outputs of a tile, groups of a stage, rows of x
-    note = rows * 2 + 16  # bytes
+    source: ClassVar[str]
+    entry: ClassVar[str]
+    rows, columns, most_m = 16, 256, 8  # outputs of a tile, rows of x
     most_layers = 96  # whose pointers fill the 4 kB that a kernel's arguments may have
     most_warps = 12
     threads = most_warps * 32
 
     def stage_bytes(self, warps: int) -> int:
-        """Shared memory of the warps' stages: codes, scales and zeros."""
-        return warps * self.stages * self.rows * self.groups * (GROUP // 2 + 4)
+        """Shared memory of the warps' stages."""
+        raise NotImplementedError
 
     def tile_bytes(self, m: int, warps: int) -> int:
-        """Shared memory that a tile of outputs takes: two notes, and what the warps add up for m rows."""
-        return 2 * self.note + self.rows * 4 * m * warps
+        """Shared memory that a tile of outputs takes until its sums are complete, for m rows."""
+        raise NotImplementedError
+
+    def most_batch(self, m: int, warps: int) -> int:
+        """Tiles of a block whose sums are kept at once."""
+        return (self.most_shared - self.stage_bytes(warps)) // self.tile_bytes(m, warps)
+
+    def launch_bytes(self, m: int, warps: int, batch: int) -> int:
+        """Dynamic shared memory of a launch."""
+        return self.stage_bytes(warps) + batch * self.tile_bytes(m, warps)
 
     def shared_bytes(self) -> int:
         """The most dynamic shared memory that a launch asks for."""
@@ -501,26 +508,62 @@ class GemvAwqBuild:
         }
 
 
-def gemv_awq_build(capability: int, layers: int, bf16: bool) -> GemvAwqBuild:
+class GemvAwqBuild(_GemvBuild):
+    """One build of ``csrc/gemv_awq.cu``."""
+
+    source = "gemv_awq.cu"
+    entry = "svdq_gemv_awq"
+    note = 48  # bytes
+
+    def stage_bytes(self, warps: int) -> int:
+        """Codes, scales and zeros."""
+        return warps * self.stages * self.rows * (self.columns // 2 + self.columns // GROUP * 4)
+
+    def tile_bytes(self, m: int, warps: int) -> int:
+        """Two notes, and what the warps add up."""
+        return 2 * self.note + self.rows * 4 * m * warps
+
+
+class GemvInt8Build(_GemvBuild):
+    """One build of ``csrc/gemv_int8.cu``."""
+
+    source = "gemv_int8.cu"
+    entry = "svdq_gemv_int8"
+    most_k = _GemvBuild.most_warps * _GemvBuild.columns
+
+    def stage_bytes(self, warps: int) -> int:
+        """Codes; and the largest of each row of x."""
+        return warps * self.stages * self.rows * self.columns + self.most_m * 4
+
+    def tile_bytes(self, m: int, warps: int) -> int:
+        """Sums, to which all warps add."""
+        return self.rows * 4 * m
+
+    def most_batch(self, m: int, warps: int) -> int:
+        """A thread for each pair of outputs."""
+        return min(super().most_batch(m, warps), warps * 32 // (self.rows // 2))
+
+
+def gemv_build(kind: type[_GemvBuild], capability: int, layers: int, bf16: bool) -> _GemvBuild:
     """The build for a card, and for one layer or several. sm_75 copies at once: a second stage would be of no use."""
-    most = 1 if layers == 1 else GemvAwqBuild.most_layers
+    most = 1 if layers == 1 else kind.most_layers
     if capability < 80:
-        return GemvAwqBuild(bf16, most, 1, 64 * 1024)
+        return kind(bf16, most, 1, 64 * 1024)
     most_shared = {80: 163, 90: 227, 100: 227, 103: 227}.get(capability, 99) * 1024
-    return GemvAwqBuild(bf16, most, 2, most_shared)
+    return kind(bf16, most, 2, most_shared)
 
 
 class GemvLaunch(NamedTuple):
-    """How the W4A16 kernel is launched.
+    """How a product of few rows is launched.
 
     Attributes:
         rounds: how often the warps go through a batch of a block's tiles, until they have gone through K.
         tiles: of a block; the ``longer`` first ones have one more.
-        batch: tiles whose sums shared memory has room for.
+        batch: tiles whose sums are kept at once.
         shared: bytes.
     """
 
-    build: GemvAwqBuild
+    build: _GemvBuild
     blocks: int
     warps: int
     rounds: int
@@ -531,21 +574,27 @@ class GemvLaunch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def gemv_awq_launch(
-    capability: int, multiprocessors: int, m: int, outputs: tuple[int, ...], k: int, bf16: bool
+def gemv_launch(
+    kind: type[_GemvBuild],
+    capability: int,
+    multiprocessors: int,
+    m: int,
+    outputs: tuple[int, ...],
+    k: int,
+    bf16: bool,
 ) -> GemvLaunch:
     """The build for m rows, k columns and layers of so many outputs, and the shape of its launch.
 
     A block's warps share K evenly, and as many blocks as fill the card with warps share the tiles of outputs.
     """
-    build = gemv_awq_build(capability, len(outputs), bf16)
-    steps, tiles = _ceil(k, GROUP * build.groups), sum(_ceil(n, build.rows) for n in outputs)
+    build = gemv_build(kind, capability, len(outputs), bf16)
+    steps, tiles = _ceil(k, build.columns), sum(_ceil(n, build.rows) for n in outputs)
     rounds = _ceil(steps, build.most_warps)
     warps = _ceil(steps, rounds)
-    stages, tile = build.stage_bytes(warps), build.tile_bytes(m, warps)
     blocks = min(tiles, multiprocessors * (build.most_warps // warps))
-    batch = min(_ceil(tiles, blocks), (build.most_shared - stages) // tile)
-    return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), batch, stages + batch * tile)
+    batch = min(_ceil(tiles, blocks), build.most_batch(m, warps))
+    shared = build.launch_bytes(m, warps, batch)
+    return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), batch, shared)
 
 
 @dataclass(frozen=True)
@@ -899,6 +948,7 @@ Build = (
     | Int8QuantizeBuild
     | Int8GemmBuild
     | GemvAwqBuild
+    | GemvInt8Build
     | StatisticsBuild
     | DescentBuild
     | Nvfp4QuantizeBuild
@@ -1119,7 +1169,9 @@ def all_builds(capability: int) -> list[Build]:
     builds += [Int8GemmBuild(*build) for build in product((True, False), INT8_TILES)]
     builds += [Int8QuantizeBuild(bf16) for bf16 in (True, False)]
     for bf16 in (True, False):
-        builds += [gemv_awq_build(capability, layers, bf16) for layers in (1, GemvAwqBuild.most_layers)]
+        builds += [
+            gemv_build(kind, capability, layers, bf16) for kind in (GemvAwqBuild, GemvInt8Build) for layers in (1, 2)
+        ]
         builds.append(StatisticsBuild(bf16))
     builds.append(DescentBuild())
     builds += [build for bf16 in (True, False) for build in block_builds(bf16)]

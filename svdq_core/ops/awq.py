@@ -71,7 +71,12 @@ def linears_awq_w4a16(
         (M, N) of each, parts of one tensor.
     """
     together = torch.ops.svdq.linears_awq_w4a16(x, weight, weight_scale, weight_zero, bias)
-    rows, outputs = x.shape[0], [each.shape[0] for each in weight]
+    return split_outputs(together, x.shape[0], weight)
+
+
+def split_outputs(together: torch.Tensor, rows: int, weight: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """(rows, N) of layers with these weights (N, ...), whose outputs lie one after the other."""
+    outputs = [each.shape[0] for each in weight]
     return [part.view(rows, n) for part, n in zip(together.split([rows * n for n in outputs]), outputs, strict=True)]
 
 

@@ -100,9 +100,13 @@ def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *op
     """Outputs are written 16 bytes at a time; a file's N may be any."""
     if weight.shape[0] % 8:
         return int8._linear_int8_reference(x, smooth_factor, proj_down, weight, *operands)
-    from ..kernels import int8 as kernels
+    return _kernels("int8").linear(x, smooth_factor, proj_down, weight, *operands)
 
-    return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
+
+def _linears_int8(_launch, x: torch.Tensor, smooth_factor, weight, *operands) -> torch.Tensor:
+    if any(each.shape[0] % 8 for each in weight):
+        return int8._linears_int8_reference(x, smooth_factor, weight, *operands)
+    return _kernels("int8").linears(x, smooth_factor, weight, *operands)
 
 
 def _linear_as_int8(_launch, x: torch.Tensor, *operands) -> torch.Tensor:
@@ -191,6 +195,7 @@ _OPERATORS = {
         5,
     ),
     "linear_int8": _Operator(int8._linear_int8_reference, _linear_int8, 0),
+    "linears_int8": _Operator(int8._linears_int8_reference, _linears_int8, 0),
     "linear_as_int8": _Operator(as_int8._linear_as_int8_reference, _linear_as_int8, 0),
     "linear_awq_w4a16": _Operator(awq._linear_awq_w4a16_reference, _linear_awq, 0),
     "linears_awq_w4a16": _Operator(awq._linears_awq_w4a16_reference, _linears_awq, 0),

@@ -1,13 +1,19 @@
-"""``svdq::linear_int8``, a whole layer with 8-bit weights and activations (SVDQuant, table 1)."""
+"""``svdq::linear_int8``, a layer with 8-bit weights and activations (SVDQuant, table 1), and several of one input."""
+
+from collections.abc import Sequence
 
 import torch
 
 from ..numerics import int8
+from .awq import split_outputs
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
     "linear_int8(Tensor x, Tensor smooth_factor, Tensor proj_down, Tensor weight, Tensor weight_scale,"
     " Tensor proj_up, Tensor? bias) -> Tensor"
+)
+_library.define(
+    "linears_int8(Tensor x, Tensor[] smooth_factor, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor"
 )
 
 
@@ -52,3 +58,40 @@ def _linear_int8_reference(x, smooth_factor, proj_down, weight, weight_scale, pr
 @torch.library.register_fake("svdq::linear_int8")
 def _linear_int8_fake(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias):
     return proj_up.new_empty((x.shape[0], weight.shape[0]))
+
+
+def linears_int8(
+    x: torch.Tensor,
+    smooth_factor: Sequence[torch.Tensor],
+    weight: Sequence[torch.Tensor],
+    weight_scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """:func:`linear_int8` of layers that have one input and no low-rank branch; of few rows, in one launch.
+
+    For a model's modulation layers, whose input is one row per image.
+
+    Args:
+        x: (M, K).
+        smooth_factor, weight, weight_scale, bias: those of each layer; N may differ.
+
+    Returns:
+        (M, N) of each in ``x``'s dtype, parts of one tensor.
+    """
+    together = torch.ops.svdq.linears_int8(x, smooth_factor, weight, weight_scale, bias)
+    return split_outputs(together, x.shape[0], weight)
+
+
+@torch.library.impl(_library, "linears_int8", "CompositeExplicitAutograd")
+def _linears_int8_reference(x, smooth_factor, weight, weight_scale, bias):
+    down = x.new_empty((x.shape[1], 0))
+    outputs = [x.new_empty(0)]
+    for smooth, codes, scale, shift in zip(smooth_factor, weight, weight_scale, bias, strict=True):
+        up = x.new_empty((codes.shape[0], 0))
+        outputs.append(_linear_int8_reference(x, smooth, down, codes, scale, up, shift).flatten())
+    return torch.cat(outputs)
+
+
+@torch.library.register_fake("svdq::linears_int8")
+def _linears_int8_fake(x, smooth_factor, weight, weight_scale, bias):
+    return x.new_empty(x.shape[0] * sum(each.shape[0] for each in weight))

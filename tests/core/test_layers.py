@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdq_core.formats.comfy_quant import LayerSpec
-from svdq_core.layers import Adapter, SVDQLinear, evaluate_together
+from svdq_core.layers import Adapter, SVDQLinear, evaluate_together, goes_together
 from svdq_core.numerics import int4
 from svdq_core.ops.block import norm_rope
 from svdq_core.quantizer.recipes import Recipe, quantize_layer
@@ -151,9 +151,9 @@ def test_a_layer_without_bias_works(unsigned):
     assert torch.linalg.norm(layer(x) - exact) < 0.15 * torch.linalg.norm(exact)
 
 
-def make_awq_layer(n, k=128, seed=0, bias=True):
+def make_rank_0_layer(n, layer_format="awq_w4a16", k=128, seed=0, bias=True):
     random = torch.Generator().manual_seed(seed)
-    spec = LayerSpec(f"layer{seed}", "awq_w4a16", n, k, 0, bias, torch.bfloat16)
+    spec = LayerSpec(f"layer{seed}", layer_format, n, k, 0, bias, torch.bfloat16)
     weight = torch.randn((n, k), generator=random)
     bias_values = torch.randn(n, generator=random) if bias else None
     return SVDQLinear(spec, quantize_layer(spec, weight, bias_values, None, Recipe()).tensors)
@@ -161,7 +161,7 @@ def make_awq_layer(n, k=128, seed=0, bias=True):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_layers_of_one_input_give_what_each_gives(dtype):
-    layers = [make_awq_layer(96), make_awq_layer(32, seed=1, bias=False), make_awq_layer(64, seed=2)]
+    layers = [make_rank_0_layer(96), make_rank_0_layer(32, seed=1, bias=False), make_rank_0_layer(64, seed=2)]
     layers[0].set_adapter("a", make_adapter())
     layers[2].set_adapter("a", make_adapter(n=64, delta=True))
     x = torch.randn(3, 128, dtype=dtype)
@@ -169,6 +169,27 @@ def test_layers_of_one_input_give_what_each_gives(dtype):
     assert [y.shape for y in together] == [(3, 96), (3, 32), (3, 64)]
     for y, layer in zip(together, layers, strict=True):
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_of_one_input_may_have_formats_of_their_own(dtype):
+    layers = [make_rank_0_layer(n, "svdquant_w8a8", seed=n, bias=n < 64) for n in (48, 96, 64)]
+    layers.insert(1, make_rank_0_layer(32))
+    layers[3].set_adapter("a", make_adapter(n=64, rank=0, delta=True))
+    assert all(map(goes_together, layers))
+    x = torch.randn(3, 128, dtype=dtype)
+    for y, layer in zip(evaluate_together(layers, x), layers, strict=True):
+        assert y.dtype == dtype and torch.equal(y, layer(x))
+
+
+def test_a_branch_keeps_an_int8_layer_for_itself():
+    layer = make_rank_0_layer(96, "svdquant_w8a8")
+    assert goes_together(layer)
+    layer.set_adapter("a", make_adapter())
+    assert not goes_together(layer)
+    layer.set_adapter("a", None)
+    assert goes_together(layer)
+    assert not goes_together(make_layer())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -211,4 +232,4 @@ def test_heads_of_what_the_kernel_does_not_compute_are_left_to_others():
     assert layer.normed_heads(x, ones[:64], ones[:64], rope[:, :, :, :32], 4, 1e-6) is None
     layer.set_adapter("a", make_adapter(n=3 * 256, delta=True))
     assert layer.normed_heads(x, ones, ones, rope, 2, 1e-6) is None
-    assert make_awq_layer(3 * 256).normed_heads(x, ones, ones, rope, 2, 1e-6) is None
+    assert make_rank_0_layer(3 * 256).normed_heads(x, ones, ones, rope, 2, 1e-6) is None

@@ -5,7 +5,7 @@ import torch
 
 from svdq_core.numerics import awq, int4, int8, nf4, nvfp4
 from svdq_core.ops.awq import linear_awq_w4a16, linears_awq_w4a16
-from svdq_core.ops.int8 import linear_int8
+from svdq_core.ops.int8 import linear_int8, linears_int8
 from svdq_core.ops.nf4 import linear_nf4
 from svdq_core.ops.nvfp4 import linear_nvfp4
 
@@ -111,25 +111,43 @@ def test_operators_satisfy_torch(make):
     assert torch.equal(compiled(*arguments), operator(*arguments))
 
 
-def several_awq(dtype=torch.float32):
+def awq_layer(case):
+    return awq_case(case)[1][1:]
+
+
+def int8_layer(case):
+    _, smooth, _, codes, scale, _, bias = int8_case(case)[1]
+    return smooth, codes, scale, bias
+
+
+def int8_alone(x, smooth, codes, scale, bias):
+    return linear_int8(x, smooth, x.new_empty((K, 0)), codes, scale, x.new_empty((N, 0)), bias)
+
+
+SEVERAL = [(linears_awq_w4a16, awq_layer, linear_awq_w4a16), (linears_int8, int8_layer, int8_alone)]
+SEVERAL_IDS = ["awq", "int8"]
+
+
+def several(layer, dtype=torch.float32):
     """x, and the operands of three layers, by kind."""
-    x, *first = awq_case(Case(5, 0, dtype, True))[1]
-    others = [awq_case(Case(5, 0, dtype, bias, seed))[1][1:] for seed, bias in ((1, False), (2, True))]
-    return x, *map(list, zip(first, *others, strict=True))
+    layers = [layer(Case(5, 0, dtype, bias, seed)) for seed, bias in ((0, True), (1, False), (2, True))]
+    return Case(5, 0, dtype, True).x, *map(list, zip(*layers, strict=True))
 
 
+@pytest.mark.parametrize(("operator", "layer", "alone"), SEVERAL, ids=SEVERAL_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_of_one_input_are_what_each_is(dtype):
-    x, *operands = several_awq(dtype)
-    found = linears_awq_w4a16(x, *operands)
+def test_layers_of_one_input_are_what_each_is(operator, layer, alone, dtype):
+    x, *operands = several(layer, dtype)
+    found = operator(x, *operands)
     assert len(found) == 3
-    for y, *layer in zip(found, *operands, strict=True):
-        assert torch.equal(y, linear_awq_w4a16(x, *layer))
-    assert linears_awq_w4a16(x, [], [], [], []) == []
+    for y, *one in zip(found, *operands, strict=True):
+        assert torch.equal(y, alone(x, *one))
+    assert operator(x, [], [], [], []) == []
 
 
-def test_the_operator_of_several_layers_satisfies_torch():
-    arguments = several_awq()
-    torch.library.opcheck(torch.ops.svdq.linears_awq_w4a16, arguments)
-    compiled = torch.compile(linears_awq_w4a16, backend="aot_eager", fullgraph=True)
-    assert all(map(torch.equal, compiled(*arguments), linears_awq_w4a16(*arguments)))
+@pytest.mark.parametrize(("operator", "layer", "alone"), SEVERAL, ids=SEVERAL_IDS)
+def test_the_operator_of_several_layers_satisfies_torch(operator, layer, alone):
+    arguments = several(layer)
+    torch.library.opcheck(getattr(torch.ops.svdq, operator.__name__), arguments)
+    compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(*arguments), operator(*arguments)))

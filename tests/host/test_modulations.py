@@ -119,13 +119,28 @@ def test_a_layer_elsewhere_is_the_host_s(model, flux_files, calls, monkeypatch):
     assert calls == [len(modules_of(model)) - 1]
 
 
-def test_16_bit_modulations_are_the_host_s(host, flux_files, tmp_path, calls):
+def load_with(host, flux_files, path, modulations):
+    """The small FLUX in INT4, with modulations of another precision."""
     from svdq_core.quantizer.pipeline import Settings, quantize_checkpoint
 
-    path = tmp_path / "16bit.safetensors"
-    settings = Settings("int4", "fast", modulations="16bit")
+    settings = Settings("int4", "fast", modulations=modulations)
     quantize_checkpoint(host.source(host.load_16bit(flux_files.full)), path, settings)
-    model = host.load(path)
+    return host.load(path)
+
+
+def test_int8_modulations_are_computed_at_once(host, flux_files, tmp_path, calls):
+    model = load_with(host, flux_files, tmp_path / "int8.safetensors", "int8")
+    vec, modules = embedding(flux_files, 3), modules_of(model)
+    assert_the_host_s(model, vec)
+    assert calls == [len(modules)]
+    out, hidden = modules[0].lin.out_features, flux_files.hidden
+    modules[0].lin.set_adapter("a", Adapter(torch.randn(hidden, 4), torch.randn(out, 4)))
+    assert_the_host_s(model, vec.clone())
+    assert calls == [len(modules), len(modules) - 1], "a layer with a branch is the host's"
+
+
+def test_16_bit_modulations_are_the_host_s(host, flux_files, tmp_path, calls):
+    model = load_with(host, flux_files, tmp_path / "16bit.safetensors", "16bit")
     assert torch.isfinite(host.step(model)).all()
     assert_the_host_s(model, embedding(flux_files))
     assert not calls

@@ -27,6 +27,7 @@ import sass
 
 LARGE = plan.GemmBuild(True, False, plan.LARGE)
 MEDIUM = plan.GemmBuild(False, True, plan.MEDIUM)
+GEMVS = [plan.GemvAwqBuild, plan.GemvInt8Build]
 
 
 def compiler() -> nvrtc.Compiler:
@@ -78,7 +79,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     """No toolkit header is passed, so none is needed; no register lives in local memory."""
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
-    builds += [plan.gemv_awq_build(capability, layers, bf16) for layers in (1, 2)]
+    builds += [plan.gemv_build(kind, capability, layers, bf16) for kind in GEMVS for layers in (1, 2)]
     builds += [replace(quantizer(capability), prologue=prologue) for prologue in (plan.ROTATE, plan.GELU_ROTATE)]
     builds += [plan.StatisticsBuild(bf16), plan.DescentBuild()]
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
@@ -166,7 +167,7 @@ def test_int8_main_loop_is_lean(capability: int, folder: Path) -> None:
 @pytest.mark.parametrize(("layers", "around"), [(1, 22), (2, 24)])
 def test_awq_tile_is_lean(layers: int, around: int, capability: int, bf16: bool, folder: Path) -> None:
     """A warp's tile: a product for each word of a lane's codes, and so many around it; x stays in registers."""
-    code = list(disassembled(plan.gemv_awq_build(capability, layers, bf16), capability, folder))
+    code = list(disassembled(plan.gemv_build(plan.GemvAwqBuild, capability, layers, bf16), capability, folder))
     tile = next(body for body in sass.loops(code) if sass.mix(body)["HMMA"])
     mix = sass.mix(tile)
     assert mix["HMMA"] == 16
@@ -175,30 +176,50 @@ def test_awq_tile_is_lean(layers: int, around: int, capability: int, bf16: bool,
     assert all(i.opcode.endswith(".128") for i in tile if i.opcode.startswith("LDGSTS"))
 
 
+@pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_awq_reads_x_before_the_weight(capability: int, folder: Path) -> None:
-    code = disassembled(plan.gemv_awq_build(capability, 1, True), capability, folder)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_rows_of_int8_are_lean(layers: int, capability: int, bf16: bool, folder: Path) -> None:
+    """A warp's tile: what it reads of shared memory is an operand as it is, and codes of x stay in registers."""
+    build = plan.gemv_build(plan.GemvInt8Build, capability, layers, bf16)
+    tile = next(b for b in sass.loops(list(disassembled(build, capability, folder))) if sass.mix(b)["IMMA"])
+    mix = sass.mix(tile)
+    assert mix["IMMA"] == mix["LDGSTS"] == sum(i.opcode.startswith("LDS.128") for i in tile) == 8
+    assert len(tile) <= 170
+    assert not {"LDG", "PRMT", "SHFL", "F2F", "F2FP", "I2F", "BAR"} & set(mix)
+    assert all(i.opcode.endswith(".128") for i in tile if i.opcode.startswith("LDGSTS"))
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(("kind", "reads"), [(plan.GemvAwqBuild, 8), (plan.GemvInt8Build, 16)])
+def test_x_is_read_before_the_weight(kind, reads: int, capability: int, folder: Path) -> None:
+    code = disassembled(plan.gemv_build(kind, capability, 1, True), capability, folder)
     names = [i.opcode for i in code if i.opcode.startswith(("LDG.", "LDGSTS"))]
-    assert all(name == "LDG.E.128" for name in names[:8])
-    assert all(name.startswith("LDGSTS") for name in names[8:16])
+    assert all(name == "LDG.E.128" for name in names[:reads])
+    assert all(name.startswith("LDGSTS") for name in names[reads : reads + 8])
 
 
 @pytest.mark.parametrize("capability", plan.ARCHITECTURES)
 @pytest.mark.parametrize("m", [1, 8])
-def test_awq_plan_covers_every_shape(capability: int, m: int) -> None:
+@pytest.mark.parametrize("kind", GEMVS)
+def test_plan_of_few_rows_covers_every_shape(kind, capability: int, m: int) -> None:
     """Every tile has a block, its sums have room, and all of K has a warp."""
     outputs = [(n,) for n in (16, 24, 200, 9216, 18432, 200_000)] + [(24, 200, 9216), (18432,) * 38 + (9216,) * 38]
-    for multiprocessors, sizes, k in itertools.product((28, 132), outputs, (64, 192, 3072, 6208)):
-        launch = plan.gemv_awq_launch(capability, multiprocessors, m, sizes, k, capability >= 80)
+    columns = (64, 192, 3072) if kind is plan.GemvInt8Build else (64, 192, 3072, 6208)
+    for multiprocessors, sizes, k in itertools.product((28, 132), outputs, columns):
+        launch = plan.gemv_launch(kind, capability, multiprocessors, m, sizes, k, capability >= 80)
         build, warps = launch.build, launch.warps
         assert build in plan.all_builds(capability) and build.layers >= len(sizes)
         assert launch.blocks * launch.tiles + launch.longer == sum(-(-n // build.rows) for n in sizes)
         assert launch.tiles >= 1 and launch.longer < launch.blocks
-        assert (launch.rounds - 1) * warps * build.groups * 64 < k <= launch.rounds * warps * build.groups * 64
+        assert (launch.rounds - 1) * warps * build.columns < k <= launch.rounds * warps * build.columns
         assert warps <= build.most_warps and launch.batch >= 1
         assert launch.shared == build.stage_bytes(warps) + launch.batch * build.tile_bytes(m, warps)
         assert launch.shared <= build.shared_bytes()
         assert build.shared_bytes() <= {75: 64, 80: 163, 90: 227, 100: 227}.get(capability, 99) * 1024
+        if kind is plan.GemvInt8Build:
+            assert launch.rounds == 1
+            assert launch.batch * build.rows // 2 <= warps * 32, "a thread for each pair of outputs"
 
 
 @pytest.mark.parametrize("capability", [86, 89])
