@@ -38,26 +38,18 @@
 // Row g of a fragment is output 2g, row g + 8 output 2g + 1 (g = lane / 4, q = lane % 4), so a
 // lane's two scales are a word. In a group lane q has columns 16q .. 16q + 15; nibbles j and j + 4
 // of a word of codes are a pair of a product's operand, and x is paired alike.
-#include "device.cuh"
-
-#ifndef SVDQ_WARPS  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_WARPS 12
-#    define SVDQ_STAGES 2
-#    define SVDQ_LAYERS 1
-#endif
+#include "gemv.cuh"
 
 namespace {
 
-constexpr int kStages = SVDQ_STAGES, kLayers = SVDQ_LAYERS;
-constexpr int kRows = 16, kGroups = 4;  // of a stage
+constexpr int kGroups = 4;  // of a stage
 constexpr int kRowBytes = kGroups * kGroup / 2;
 constexpr int kCodes = kRows * kRowBytes, kScales = kRows * kGroups * 2;
 constexpr int kStageBytes = kCodes + 2 * kScales;
 constexpr int kPairBytes = kStages * 2 * kRowBytes;            // of two rows, in all stages
 constexpr int kNote = 2 * kRows + 16, kNoteWhere = 2 * kRows;  // bytes
 constexpr u32 kOther = kStages > 1 ? 2 * kRowBytes : 0;        // to the other stage
-static_assert(kStages <= 2 && 2 * kScales == 2 * kRowBytes);
-constexpr bool kEarly = SVDQ_ARCH >= 900;  // whether the first tile is fetched before the wait
+static_assert(2 * kScales == 2 * kRowBytes);
 
 struct Layer {
     const u8* weight;  // (N, K / 2)
@@ -66,33 +58,6 @@ struct Layer {
     const u16* bias;   // (N,) or null
     int n;
     int before;  // outputs of the layers before it
-};
-
-struct Arguments {
-    const u16* x;  // (M, K)
-    u16* out;      // (M, N) of each layer, one after the other
-    int m, k;
-    int rounds;         // until the warps have gone through K
-    int tiles, longer;  // of a block; the first `longer` blocks have one more
-    int batch;          // tiles whose sums are kept at once
-    Layer layers[kLayers];
-};
-
-// Where a tile is: its layer, and its first output.
-struct Place {
-    int layer, n;
-
-    // n may have gone beyond its layer; there must be a tile at this place.
-    SVDQ_DEVICE void settle(const Arguments& p) {
-        if constexpr (kLayers > 1)
-            for (; n >= p.layers[layer].n; ++layer)
-                n -= (p.layers[layer].n + kRows - 1) / kRows * kRows;
-    }
-
-    // The first output, eight earlier than settled where the layer ends in the middle of a tile.
-    SVDQ_DEVICE int first(const Arguments& p) const {
-        return min(n, p.layers[layer].n - kRows);
-    }
 };
 
 // A nibble in the mantissa's place of 8, 4, 2 and 1 of a number in [16, 32) makes it 16 + code.
@@ -153,7 +118,8 @@ struct Operand {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_awq(const Arguments p) {
+extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
+    svdq_gemv_awq(const Arguments<Layer> p) {
     extern __shared__ __align__(512) u8 shared[];
     const u32 lane = kept(threadIdx.x % 32);
     const int warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;

@@ -27,24 +27,15 @@
 //
 // Fragments: g = lane / 4, q = lane % 4. Rows g and g + 8 of W and row g of x; of 64 columns a lane
 // has 16q .. 16q + 15 of each, four words, of which a product takes two.
-#include "device.cuh"
-
-#ifndef SVDQ_WARPS  // ---- a default build, so that editors and linters see code ----
-#    define SVDQ_WARPS 12
-#    define SVDQ_STAGES 2
-#    define SVDQ_LAYERS 1
-#endif
+#include "gemv.cuh"
 
 namespace {
 
-constexpr int kStages = SVDQ_STAGES, kLayers = SVDQ_LAYERS;
-constexpr int kRows = 16, kColumns = 256, kMostM = 8;  // of a warp's tile; rows of x
+constexpr int kColumns = 256, kMostM = 8;  // of a warp's tile; rows of x
 constexpr int kGroups = kColumns / 64;
 constexpr int kStageBytes = kRows * kColumns;
 constexpr u32 kOther = kStages > 1 ? kStageBytes : 0;  // from one stage to the other
 constexpr float kLargestCode = 127.f;
-constexpr bool kEarly = SVDQ_ARCH >= 900;  // whether the first tile is fetched before the wait
-static_assert(kStages <= 2);
 
 struct Layer {
     const u16* smooth_factor;   // (K,)
@@ -53,33 +44,6 @@ struct Layer {
     const u16* bias;            // (N,) or null
     int n;
     int before;  // outputs of the layers before it
-};
-
-struct Arguments {
-    const u16* x;  // (M, K)
-    u16* out;      // (M, N) of each layer, one after the other
-    int m, k;
-    int rounds;         // one: the warps have all of K at once
-    int tiles, longer;  // of a block; the first `longer` blocks have one more
-    int batch;          // tiles whose sums are kept at once, at most four for each warp
-    Layer layers[kLayers];
-};
-
-// Where a tile is: its layer, and its first output.
-struct Place {
-    int layer, n;
-
-    // n may have gone beyond its layer; there must be a tile at this place.
-    SVDQ_DEVICE void settle(const Arguments& p) {
-        if constexpr (kLayers > 1)
-            for (; n >= p.layers[layer].n; ++layer)
-                n -= (p.layers[layer].n + kRows - 1) / kRows * kRows;
-    }
-
-    // The first output, earlier than settled where the layer ends in the middle of a tile.
-    SVDQ_DEVICE int first(const Arguments& p) const {
-        return min(n, p.layers[layer].n - kRows);
-    }
 };
 
 // Of a row, a lane's columns: 16 of each 64.
@@ -116,7 +80,8 @@ SVDQ_DEVICE u32 encode(float value) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1) svdq_gemv_int8(const Arguments p) {
+extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
+    svdq_gemv_int8(const Arguments<Layer> p) {
     extern __shared__ __align__(256) u8 shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
               q = lane % 4;
