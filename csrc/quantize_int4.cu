@@ -457,13 +457,14 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
 
     u32 turn = 0;  // which of the two slabs, in bytes
     const u32 second = group_after(first, warps), third = group_after(second, warps);
+    u32 smooth = load_smooth(first);  // behind the copies it would wait for all of them
+    __syncwarp();
     copy_x();  // first, since it comes from farthest
     copy_slab(mine, first);
     copy_slab(mine + kSlab, second);
 #pragma unroll
     for (int i = 1; i < kStages; ++i)
         copy_x();
-    u32 smooth = load_smooth(first);
 
     const Signs signs(g, q);
     Sums sum[kMostTiles] = {};

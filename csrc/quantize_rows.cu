@@ -32,7 +32,8 @@
 //   copying     fills the ring, box by box
 //
 // Shared memory:
-//   ring, 2 KB a group | proj_down, swizzled | 1 / smooth_factor | and twice, in turn:
+//   ring, 2 KB a group | proj_down, swizzled | 1 / smooth_factor (rotated: in 16 bits, and where a
+//   block may have rows of its own of all columns) | and twice, in turn:
 //   warps' largest, blocks' largest, factors, branch's sums of each block | barriers
 //
 // A lane (g = lane / 4, q = lane % 4) has columns 16 q + 0 .. 15 of rows g and g + 8: two 16-byte
@@ -57,6 +58,7 @@ constexpr u32 kCluster = SVDQ_CLUSTER, kMostThreads = 896;
 constexpr bool kRotate = SVDQ_ROTATE, kGelu = SVDQ_GELU;
 constexpr bool kAlone = kRotate && kCluster == 2;  // blocks may have rows of their own
 constexpr u32 kRows = 16, kGroupBytes = kRows * 128;
+constexpr u32 kFactorBytes = kRotate ? 2 : 4;  // of a column's 1 / smooth_factor
 constexpr float kLargestCode = 127.f;
 
 constexpr u32 RT = SVDQ_RANK_TILES, kRanks = 8 * RT;  // of the branch, which none has if rotated
@@ -87,6 +89,7 @@ struct Arguments {
 
 struct Shared {
     u32 base, ring_boxes, box_bytes, groups, warps;
+    u32 factor_groups;  // groups whose 1 / smooth_factor is here
 
     SVDQ_DEVICE u32 box(u32 i) const {
         return base + i * box_bytes;
@@ -99,7 +102,8 @@ struct Shared {
     }
     // Of rows 0, 8, 1, 9 and so on.
     SVDQ_DEVICE u32 largest_of_warp(u32 turn, u32 warp) const {
-        return inverse() + (kRotate ? 0 : groups * kGroup * 4) + (turn * warps + warp) * kRows * 4;
+        return inverse() + factor_groups * kGroup * kFactorBytes +
+               (turn * warps + warp) * kRows * 4;
     }
     SVDQ_DEVICE u32 largest_of_block(u32 turn, u32 block) const {
         return largest_of_warp(2, 0) + (turn * kCluster + block) * kRows * 4;
@@ -227,9 +231,10 @@ SVDQ_DEVICE float gelu(float x) {
 }
 
 // A lane's share of 16 rows of a group, smoothed and rotated, over 8. Returns false where that
-// overflows, in which case smoothed values need to be clamped.
-SVDQ_DEVICE bool rotated(Pairs& pair, u32 rows, const u16* inverse, u32 g, u32 q,
-                         const Signs& signs, bool clamp, bool of_gelu) {
+// overflows, in which case smoothed values need to be clamped. `inverse` is shared memory with its
+// 16 columns' factors.
+SVDQ_DEVICE bool rotated(Pairs& pair, u32 rows, u32 inverse, u32 g, u32 q, const Signs& signs,
+                         bool clamp, bool of_gelu) {
     Pairs smoothed;
     load(smoothed, rows, g, q);
     if (kGelu && of_gelu)
@@ -240,7 +245,7 @@ SVDQ_DEVICE bool rotated(Pairs& pair, u32 rows, const u16* inverse, u32 g, u32 q
         }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const uint4 v = ((const uint4*)inverse)[i];
+        const uint4 v = load_shared16(inverse + 16 * i);
         const u32 factors[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -316,7 +321,10 @@ struct Computing {
             barrier_wait(shared.full(box), round);
             Pairs pair;
             if constexpr (kRotate) {
-                const u16* inverse = p.factor + (rows.first_group() + i) * kGroup + 16 * q;
+                // Worked out anew, as below.
+                const u32 column =
+                    ((kAlone ? rows.first_group() : 0) + i) * kGroup + read_thread_again() % 4 * 16;
+                const u32 inverse = shared.inverse() + column * kFactorBytes;
                 bool clamp = false;
                 const bool of_gelu = kGelu && (int)(rows.first_group() + i) >= p.x_groups;
                 while (!rotated(pair, at, inverse, g, q, signs, clamp, of_gelu) && !clamp)
@@ -415,16 +423,26 @@ struct Computing {
     }
 
     SVDQ_DEVICE void fill_inverse() const {
-        for (u32 i = warp * 32 + lane; i < shared_part.count * kGroup / 2; i += p.warps * 32) {
-            const u32 pair = ((const u32*)(p.factor + shared_part.first * kGroup))[i];
-            store_shared8(shared.inverse() + 8 * i, as_bits(1.f / T::low(pair)),
-                          as_bits(1.f / T::high(pair)));
+        const u32 count = kAlone ? p.k / kGroup : shared_part.count;
+        const u16* const from = p.factor + (kAlone ? 0 : shared_part.first * kGroup);
+        for (u32 i = warp * 32 + lane; i < count * kGroup / 8; i += p.warps * 32) {
+            const uint4 v = ((const uint4*)from)[i];
+            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+            if constexpr (kRotate) {
+                store_shared16(shared.inverse() + 16 * i, v.x, v.y, v.z, v.w);
+            } else {
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j)
+                    store_shared8(shared.inverse() + 32 * i + 8 * j,
+                                  as_bits(1.f / T::low(pairs[j])),
+                                  as_bits(1.f / T::high(pairs[j])));
+            }
         }
         warps_sync(2, p.warps * 32);
     }
 
     SVDQ_DEVICE void run() const {
-        if (!kRotate) fill_inverse();
+        fill_inverse();
         const Signs signs(g, q);
         // Where the ring has room for both, the next rows are taken before these are encoded.
         const int most = p.ring_boxes >= 2 * (int)Rows(p, shared_part).boxes() ? 2 : 1;
@@ -644,8 +662,9 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kM
     const u32 g = lane / 4, q = lane % 4;
     const u32 block_groups = p.block_boxes << p.box_shift;
     const Part shared_part = part_of(p, blockIdx.x % kCluster * block_groups, block_groups);
-    const Shared shared{shared_address(memory), (u32)p.ring_boxes, kGroupBytes << p.box_shift,
-                        block_groups, (u32)p.warps};
+    const Shared shared{
+        shared_address(memory), (u32)p.ring_boxes, kGroupBytes << p.box_shift,
+        block_groups,           (u32)p.warps,      kAlone ? (u32)p.k / kGroup : block_groups};
 
     if (warp == 0) {
         for (u32 box = lane; box < p.ring_boxes; box += 32) {
@@ -662,6 +681,8 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kM
         fence_barrier_init();
     }
     cluster_arrive();
+    for (u32 column = threadIdx.x * 64; column < (u32)p.k; column += blockDim.x * 64)
+        prefetch_line(p.factor + column);
     wait_for_kernel_before();
     let_next_kernel_start();
     __syncthreads();
@@ -679,5 +700,8 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kM
         Branch{p, shared, shared_part, warp - p.warps - 2, lane, g, q}.run();
 #endif
     __syncwarp();
-    cluster_sync();  // nobody leaves while another block may still write to its memory
+    // Nobody leaves while another block may still write to its memory. What one writes there is
+    // waited for, so nothing is left to be ordered.
+    cluster_arrive();
+    cluster_wait();
 }

@@ -669,9 +669,10 @@ class RowsBuild:
         """The most dynamic shared memory that a launch asks for."""
         return HOPPER_SHARED
 
-    def fixed_bytes(self, groups: int, warps: int) -> int:
+    def fixed_bytes(self, groups: int, all_groups: int, warps: int) -> int:
         """A block's shared memory but the ring: proj_down, 1 / smooth_factor, what rows come to, barriers."""
-        columns = groups * GROUP * (self.rank_tiles * 16 + (0 if self.rotate else 4))
+        factors = (all_groups if self.takes_alone else groups) * GROUP * (2 if self.rotate else 4)
+        columns = groups * GROUP * self.rank_tiles * 16 + factors
         sums = 2 * self.rows * self.rank_tiles * 8 * 4
         return columns + 2 * (self.rows * 4 * (warps + self.cluster + 1) + sums) + 9 * 8
 
@@ -737,7 +738,7 @@ def _rows_launch(
     box = next(box for box in (8, 4, 2, 1) if -groups % box <= groups // 8)
     boxes, own_boxes = _ceil(groups, box), _ceil(all_groups, box) if alone else 0
     warps = _ceil(boxes * box, _ceil(boxes * box, build.most_warps))
-    fixed = build.fixed_bytes(boxes * box, warps)
+    fixed = build.fixed_bytes(boxes * box, all_groups, warps)
     ring_boxes = (HOPPER_SHARED - fixed) // build.box_bytes(box)
     if ring_boxes < max(boxes, own_boxes) or plain % (box * GROUP):  # a box is of one kind
         return None
