@@ -151,7 +151,8 @@ def test_a_grid_s_tiles_are_wide_where_there_are_many() -> None:
 @pytest.mark.parametrize("rank_tiles", [0, 4])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_quantizer_writes_bytes(bf16: bool, rank_tiles: int, output: int, tmp_path: Path) -> None:
-    build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *plan.quantize_staging(plan.HOPPER), output)
+    staging = plan.quantize_staging(plan.HOPPER, rank_tiles, output)
+    build = plan.QuantizeBuild(bf16, False, rank_tiles, plan.PLAIN, *staging, output)
     mix = sass.mix(disassembled(build, plan.HOPPER, tmp_path))
     assert not {"LDL", "STL"} & set(mix)
     assert mix["HMMA"] == 12 * rank_tiles, "three tiles at once, 16 ranks and 8 rows a product"

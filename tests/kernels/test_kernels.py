@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubin")
 
 
-def quantizer(capability: int, rank: int = 32) -> plan.QuantizeBuild:
-    return plan.quantize_launch(capability, 100, 4608, 3072, rank, capability >= 80, False).build
+def quantizer(capability: int, rank: int = 32, prologue: int = plan.PLAIN) -> plan.QuantizeBuild:
+    return plan.quantize_launch(capability, 100, 4608, 3072, rank, capability >= 80, False, prologue).build
 
 
 # ---- compilation and machine code
@@ -80,7 +79,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
     bf16 = capability >= 80
     builds = [quantizer(capability), MEDIUM, LARGE, plan.Int8QuantizeBuild(bf16)]
     builds += [plan.gemv_build(kind, capability, layers, bf16) for kind in GEMVS for layers in (1, 2)]
-    builds += [replace(quantizer(capability), prologue=prologue) for prologue in (plan.ROTATE, plan.GELU_ROTATE)]
+    builds += [quantizer(capability, prologue=prologue) for prologue in (plan.ROTATE, plan.GELU_ROTATE)]
     builds += [plan.StatisticsBuild(bf16), plan.DescentBuild()]
     builds += [plan.Int8GemmBuild(bf16, tile) for tile in plan.INT8_TILES]
     found = spills(builds, capability, folder)
@@ -92,7 +91,7 @@ def test_compiles_without_headers_or_spills(capability: int, folder: Path) -> No
 @pytest.mark.parametrize("prologue", [plan.PLAIN, plan.ROTATE], ids=["plain", "rotated"])
 def test_quantizer_s_warps_do_not_wait_for_another(prologue: int, capability: int, folder: Path) -> None:
     """One barrier, at the end, and nothing goes through memory; a tile of 16 rows in 430 instructions, rotated 630."""
-    build = replace(quantizer(capability), prologue=prologue)
+    build = quantizer(capability, prologue=prologue)
     code = list(disassembled(build, capability, folder))
     mix = sass.mix(code)
     assert not {"LDL", "STL", "MEMBAR", "ATOMG", "RED"} & set(mix)
