@@ -6,9 +6,13 @@
 //
 // gate, scale and shift are the image's own: rows of a modulation's output, which M / B rows share.
 //
-//     row      0 .. 255     256 .. 511     ...      a warp has a row, and a lane eight columns of
-//            | lane 0..31 | lane 0..31  |  ...      every 256: it keeps them in registers, since
-//                                                   the mean is known at the row's end
+//     row      0 .. 1023     1024 .. 2047     ...     a block has a row, and a thread eight
+//            | thread 0 .. | thread 0 ..   |  ...     columns of every 1024: it keeps them in
+//                                                     registers, since the mean is known at the
+//                                                     row's end
+//
+// Everything that does not depend on the mean is read before anything is written: reads do not pass
+// writes, which to the compiler could be to the same place.
 //
 // fp16 overflows where bf16 does not: h is saturated, and what is no number in it becomes zero, as
 // the host's blocks end.
@@ -22,7 +26,7 @@
 namespace {
 
 constexpr bool kGated = SVDQ_GATED, kNormed = SVDQ_NORMED;
-constexpr int kWarps = 8, kPieces = 16;  // of a block; of 256 columns each, at most
+constexpr int kThreads = 128, kPieces = 4;  // of 8 kThreads columns each, at most
 
 struct Arguments {
     const u16* x;      // (M, C), C a multiple of 8
@@ -32,16 +36,23 @@ struct Arguments {
     const u16* shift;  // likewise
     u16* h;            // (M, C)
     u16* z;            // (M, C)
-    int m, c, rows;    // rows that share a modulation
+    int c, rows;       // rows that share a modulation
     int gate_stride, norm_stride;
     float epsilon;
 };
 
-SVDQ_DEVICE float sum_of_warp(float value) {
+// Over the block; `parts` is shared memory for its warps' sums.
+SVDQ_DEVICE float sum_of_block(float value, float* parts) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2)
         value += shuffle_xor(value, mask);
-    return value;
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+    __syncthreads();
+    float sum = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+        sum += parts[warp];
+    return sum;
 }
 
 // h in 16 bits.
@@ -53,78 +64,89 @@ SVDQ_DEVICE u32 pack_sum(float low, float high) {
     return T::pack(low, high);
 }
 
-SVDQ_DEVICE uint4 load16(const u16* from) {
-    return *(const uint4*)from;
-}
+// A thread's columns of a row.
+struct Columns {
+    u32 pair[kPieces][4];
+
+    SVDQ_DEVICE Columns() = default;
+    SVDQ_DEVICE Columns(const u16* row, int c) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            const int column = 8 * (threadIdx.x + kThreads * i);
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (column < c) v = *(const uint4*)(row + column);
+            pair[i][0] = v.x, pair[i][1] = v.y, pair[i][2] = v.z, pair[i][3] = v.w;
+        }
+    }
+
+    SVDQ_DEVICE void store(u16* row, int c) const {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            const int column = 8 * (threadIdx.x + kThreads * i);
+            if (column < c)
+                *(uint4*)(row + column) =
+                    make_uint4(pair[i][0], pair[i][1], pair[i][2], pair[i][3]);
+        }
+    }
+};
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32, 2) svdq_modulate(const Arguments p) {
-    const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32;
+extern "C" __global__ void __launch_bounds__(kThreads) svdq_modulate(const Arguments p) {
     wait_for_kernel_before();
     let_next_kernel_start();
-    if (row >= p.m) return;
-    const u64 at = (u64)row * p.c;
-    const int image = row / p.rows, first = 8 * lane;
+    const u64 at = (u64)blockIdx.x * p.c;
+    const int image = blockIdx.x / p.rows;
 
-    u32 h[kPieces][4];
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-        const int column = first + 256 * i;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (column < p.c) v = load16(p.x + at + column);
-        h[i][0] = v.x, h[i][1] = v.y, h[i][2] = v.z, h[i][3] = v.w;
-    }
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-        const int column = first + 256 * i;
-        if (column >= p.c) break;
-        if constexpr (kGated) {
-            const uint4 g = load16(p.gate + (u64)image * p.gate_stride + column);
-            const uint4 v = load16(p.y + at + column);
-            const u32 gates[4] = {g.x, g.y, g.z, g.w}, ys[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                h[i][j] = pack_sum(fmaf(T::low(gates[j]), T::low(ys[j]), T::low(h[i][j])),
-                                   fmaf(T::high(gates[j]), T::high(ys[j]), T::high(h[i][j])));
-            *(uint4*)(p.h + at + column) = make_uint4(h[i][0], h[i][1], h[i][2], h[i][3]);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            sum += T::low(h[i][j]) + T::high(h[i][j]);
+    Columns h(p.x + at, p.c), y, gate, scale, shift;
+    if constexpr (kGated) {
+        y = Columns(p.y + at, p.c);
+        gate = Columns(p.gate + (u64)image * p.gate_stride, p.c);
     }
     if constexpr (kNormed) {
-        const float mean = sum_of_warp(sum) / p.c;
+        const u64 of_image = (u64)image * p.norm_stride;
+        scale = Columns(p.scale + of_image, p.c);
+        shift = Columns(p.shift + of_image, p.c);
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            u32& pair = h.pair[i][j];
+            if constexpr (kGated) {
+                const u32 g = gate.pair[i][j], v = y.pair[i][j];
+                pair = pack_sum(fmaf(T::low(g), T::low(v), T::low(pair)),
+                                fmaf(T::high(g), T::high(v), T::high(pair)));
+            }
+            sum += T::low(pair) + T::high(pair);
+        }
+    if constexpr (kGated) h.store(p.h + at, p.c);
+    if constexpr (kNormed) {
+        __shared__ float parts[2][kThreads / 32];
+        const float mean = sum_of_block(sum, parts[0]) / p.c;
         float squares = 0.f;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            if (first + 256 * i >= p.c) break;
+            if (8 * (int)(threadIdx.x + kThreads * i) >= p.c) break;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float low = T::low(h[i][j]) - mean, high = T::high(h[i][j]) - mean;
+                const float low = T::low(h.pair[i][j]) - mean, high = T::high(h.pair[i][j]) - mean;
                 squares = fmaf(low, low, fmaf(high, high, squares));
             }
         }
-        const float inverse = rsqrtf(sum_of_warp(squares) / p.c + p.epsilon);
-        const u64 of_image = (u64)image * p.norm_stride;
+        const float inverse = rsqrtf(sum_of_block(squares, parts[1]) / p.c + p.epsilon);
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            const int column = first + 256 * i;
-            if (column >= p.c) break;
-            const uint4 s = load16(p.scale + of_image + column);
-            const uint4 t = load16(p.shift + of_image + column);
-            const u32 scales[4] = {s.x, s.y, s.z, s.w}, shifts[4] = {t.x, t.y, t.z, t.w};
-            u32 z[4];
+        for (int i = 0; i < kPieces; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float low = (T::low(h[i][j]) - mean) * inverse;
-                const float high = (T::high(h[i][j]) - mean) * inverse;
-                z[j] =
-                    T::pack(saturate<T>(fmaf(low, 1.f + T::low(scales[j]), T::low(shifts[j]))),
-                            saturate<T>(fmaf(high, 1.f + T::high(scales[j]), T::high(shifts[j]))));
+                u32& pair = h.pair[i][j];
+                const u32 s = scale.pair[i][j], t = shift.pair[i][j];
+                const float low = (T::low(pair) - mean) * inverse;
+                const float high = (T::high(pair) - mean) * inverse;
+                pair = T::pack(saturate<T>(fmaf(low, 1.f + T::low(s), T::low(t))),
+                               saturate<T>(fmaf(high, 1.f + T::high(s), T::high(t))));
             }
-            *(uint4*)(p.z + at + column) = make_uint4(z[0], z[1], z[2], z[3]);
-        }
+        h.store(p.z + at, p.c);
     }
 }

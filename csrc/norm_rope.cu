@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int kHead = SVDQ_HEAD, kLanes = kHead / 8, kAtOnce = 32 / kLanes;  // lanes of a head
-constexpr int kWarps = 4;
+constexpr int kWarps = 4, kBatch = 2;  // of a block; times kAtOnce heads that are read at once
 
 struct Arguments {
     const u16* qkv;       // (B, L, 3 heads D and more), tokens `stride` apart
@@ -66,7 +66,7 @@ SVDQ_DEVICE uint4 normalized(const uint4& from, const float (&weight)[8], const 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32) svdq_norm_rope(const Arguments p) {
+extern "C" __global__ void __launch_bounds__(kWarps * 32, 5) svdq_norm_rope(const Arguments p) {
     const int lane = threadIdx.x % 32, token = blockIdx.x * kWarps + threadIdx.x / 32;
     const int image = blockIdx.y, column = lane % kLanes * 8;
     wait_for_kernel_before();
@@ -86,19 +86,27 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) svdq_norm_rope(const A
 
     const u16* from = p.qkv + ((u64)image * p.length + token) * p.stride + column;
     const int part = p.heads * kHead;
-#pragma unroll 2
-    for (int first = 0; first < p.heads; first += kAtOnce) {
-        const int head = first + lane / kLanes, there = min(head, p.heads - 1);
-        const u16* const x = from + there * kHead;
-        const uint4 q = *(const uint4*)x;
-        const uint4 k = *(const uint4*)(x + part);
-        const uint4 v = *(const uint4*)(x + 2 * part);
-        const uint4 new_q = normalized(q, weight_q, factor, p.epsilon);
-        const uint4 new_k = normalized(k, weight_k, factor, p.epsilon);
-        if (head >= p.heads) continue;
-        const u64 to = (((u64)image * p.tokens + place) * p.heads + head) * kHead + column;
-        *(uint4*)(p.q + to) = new_q;
-        *(uint4*)(p.k + to) = new_k;
-        *(uint4*)(p.v + to) = v;
+    for (int first = 0; first < p.heads; first += kBatch * kAtOnce) {
+        // All are read before anything is written: reads do not pass writes.
+        uint4 q[kBatch], k[kBatch], v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int head = min(first + i * kAtOnce + lane / kLanes, p.heads - 1);
+            const u16* const x = from + head * kHead;
+            q[i] = *(const uint4*)x;
+            k[i] = *(const uint4*)(x + part);
+            v[i] = *(const uint4*)(x + 2 * part);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int head = first + i * kAtOnce + lane / kLanes;
+            const uint4 new_q = normalized(q[i], weight_q, factor, p.epsilon);
+            const uint4 new_k = normalized(k[i], weight_k, factor, p.epsilon);
+            if (head >= p.heads) continue;
+            const u64 to = (((u64)image * p.tokens + place) * p.heads + head) * kHead + column;
+            *(uint4*)(p.q + to) = new_q;
+            *(uint4*)(p.k + to) = new_k;
+            *(uint4*)(p.v + to) = v[i];
+        }
     }
 }

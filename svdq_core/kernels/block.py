@@ -13,7 +13,7 @@ import torch
 from . import plan
 from .launch import Kernel, evenly_spaced, kernel_of, on, starts_early, whole
 
-_MODULATE = struct.Struct("7P5if")
+_MODULATE = struct.Struct("7P4if4x")
 _NORM_ROPE = struct.Struct("7P7if")
 _GELU_CONCAT = struct.Struct("3P3i4x")
 
@@ -52,7 +52,7 @@ def modulate(
         _launch(
             index,
             build,
-            (-(-rows // build.rows), 1, 1),
+            (rows, 1, 1),
             _MODULATE.pack(
                 x.data_ptr(),
                 y_pointer,
@@ -61,7 +61,6 @@ def modulate(
                 shift_pointer,
                 total.data_ptr(),
                 modulated.data_ptr(),
-                rows,
                 columns,
                 length,
                 gate_stride,

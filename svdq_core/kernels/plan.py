@@ -882,7 +882,7 @@ class ModulateBuild:
 
     source = "modulate.cu"
     entry = "svdq_modulate"
-    threads, rows, most_columns = 256, 8, 4096  # rows of a block
+    threads, most_columns = 128, 4096  # of a block, which has a row
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory: none."""
