@@ -58,6 +58,14 @@ def test_matches_float64(name: str, dtype: torch.dtype, taken: list[bool]) -> No
     assert taken == [True]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_gpu(name: str, taken: list[bool]) -> None:
+    """Operands decide where a kernel runs, and not which device is current."""
+    assert_near(name, cases(torch.bfloat16, device="cuda:1")[name], TOLERANCE[torch.bfloat16])
+    assert taken == [True]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [8, 256, 264, 1536, 3072, 4096])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 7), (2, 513)])

@@ -139,6 +139,24 @@ def test_a_layer_is_the_same_on_a_second_gpu(format_name, exact):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("format_name", [comfy_quant.AWQ_W4A16, comfy_quant.SVDQUANT_W8A8])
+def test_layers_of_one_input_are_the_same_on_a_second_gpu(format_name):
+    name = "double_blocks.0.img_mod.lin"
+    n, k = small_flux.layer_shapes()[name]
+    full = small_flux.state_dict(torch.bfloat16)
+    spec = LayerSpec(name, format_name, n, k, 0, True, torch.bfloat16)
+    tensors = quantize_layer(spec, full[f"{name}.weight"], full[f"{name}.bias"], None, RECIPES["fast"]).tensors
+    several, x = [layers.SVDQLinear(spec, tensors) for _ in range(3)], torch.randn((2, k)).bfloat16()
+
+    def on(device):
+        return layers.evaluate_together([layer.to(device) for layer in several], x.to(device))
+
+    first, second = on("cuda:0"), on("cuda:1")
+    assert [y.device.index for y in second] == [1] * 3
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_a_second_gpu_is_calibrated():
     """Rows of both on their way at once."""
     x = torch.randn((300, 320)).bfloat16()
