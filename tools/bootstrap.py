@@ -120,9 +120,11 @@ def _install() -> bool:
     stamp = {"python": _python(), "requirements": digest}
     if STAMP.exists() and json.loads(STAMP.read_text()) == stamp:
         return False
-    _pip(f"installing {TORCH}", "install", TORCH)
-    _pip(f"installing {TORCHVISION}", "install", "--no-deps", TORCHVISION)
-    _pip("installing everything else", "install", *requirements)
+    # Python compiles what is imported, which is a small part of all this.
+    install = "install", "--no-compile"
+    _pip(f"installing {TORCH}", *install, TORCH)
+    _pip(f"installing {TORCHVISION}", *install, "--no-deps", TORCHVISION)
+    _pip("installing everything else", *install, *requirements)
     STAMP.write_text(json.dumps(stamp))
     return True
 
