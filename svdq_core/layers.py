@@ -14,6 +14,7 @@ from .ops import as_int8
 from .ops.awq import linear_awq_w4a16, linears_awq_w4a16
 from .ops.block import gelu_concat
 from .ops.cuda import linear_as_int8_now, linear_as_int8_of_gelu_now, release
+from .ops.dispatch import runs_now
 from .ops.fused import HEAD, gelu_quantize_act_int4, linear_norm_rope_int4
 from .ops.int4 import linear_int4, linear_w4a4, quantize_act_int4
 from .ops.int8 import linear_int8, linears_int8
@@ -86,15 +87,10 @@ _LINEAR: Mapping[str, Callable[[torch.Tensor, _Tensors, LayerSpec], torch.Tensor
 FOUR_BITS = (comfy_quant.SVDQUANT_W4A4, comfy_quant.SVDQUANT_NVFP4)
 
 
-def _runs_now(x: torch.Tensor) -> bool:
-    """Whether kernels for an input on a device that has them may be called directly."""
-    return x.is_cuda and type(x) is torch.Tensor and not torch.compiler.is_compiling()
-
-
 def _as_int8(x: torch.Tensor, tensors: _Tensors, spec: LayerSpec) -> torch.Tensor:
     """Of any shape."""
     operands, form = _of_image(tensors, spec)
-    if _runs_now(x):
+    if runs_now(x):
         return linear_as_int8_now(x.contiguous(), operands, form)
     rows = x.reshape(-1, spec.in_features).contiguous()
     return as_int8.linear_as_int8(rows, *operands, *form).reshape(*x.shape[:-1], spec.out_features)
@@ -162,7 +158,7 @@ class SVDQLinear(torch.nn.Module):
         found = None
         if tensors["delta"] is None and y.dtype == self.spec.dtype:
             if self._runs_as_int8(y, tensors):
-                found = linear_as_int8_of_gelu_now(x, y, *_of_image(tensors, self.spec)) if _runs_now(y) else None
+                found = linear_as_int8_of_gelu_now(x, y, *_of_image(tensors, self.spec)) if runs_now(y) else None
             elif self._runs_as_int4(y) and y.shape[-1] % int4.GROUP_SIZE == 0:
                 quantized = gelu_quantize_act_int4(
                     x.flatten(0, 1).contiguous(),

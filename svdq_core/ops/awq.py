@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics import awq, int4
+from .dispatch import call
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
@@ -37,7 +38,7 @@ def linear_awq_w4a16(
     Returns:
         (M, N) in ``x``'s dtype.
     """
-    return torch.ops.svdq.linear_awq_w4a16(x, weight, weight_scale, weight_zero, bias)
+    return call("linear_awq_w4a16", x, weight, weight_scale, weight_zero, bias)
 
 
 @torch.library.impl(_library, "linear_awq_w4a16", "CompositeExplicitAutograd")
@@ -70,7 +71,7 @@ def linears_awq_w4a16(
     Returns:
         (M, N) of each, parts of one tensor.
     """
-    together = torch.ops.svdq.linears_awq_w4a16(x, weight, weight_scale, weight_zero, bias)
+    together = call("linears_awq_w4a16", x, weight, weight_scale, weight_zero, bias)
     return split_outputs(together, x.shape[0], weight)
 
 

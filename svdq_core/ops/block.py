@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import call
+
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define("norm_modulate(Tensor x, Tensor scale, Tensor shift, float epsilon) -> Tensor")
 _library.define("gated_sum(Tensor x, Tensor y, Tensor gate) -> Tensor")
@@ -42,19 +44,19 @@ def norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps
     Returns:
         (B, L, C) in ``x``'s dtype.
     """
-    return torch.ops.svdq.norm_modulate(x, scale, shift, epsilon)
+    return call("norm_modulate", x, scale, shift, epsilon)
 
 
 def gated_sum(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x + gate y`` with x and y (B, L, C), gate (B, 1, C)."""
-    return torch.ops.svdq.gated_sum(x, y, gate)
+    return call("gated_sum", x, y, gate)
 
 
 def gated_norm_modulate(
     x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`gated_sum`, and :func:`norm_modulate` of it."""
-    return torch.ops.svdq.gated_norm_modulate(x, y, gate, scale, shift, epsilon)
+    return call("gated_norm_modulate", x, y, gate, scale, shift, epsilon)
 
 
 def norm_rope(
@@ -78,12 +80,12 @@ def norm_rope(
         q, k, v, each (B, heads, L, D), in memory (B, L, heads, D): attention gives its output in the order of q, and
         then has it as the next layer takes it.
     """
-    return torch.ops.svdq.norm_rope(qkv, norm_q, norm_k, rope, heads, epsilon)
+    return call("norm_rope", qkv, norm_q, norm_k, rope, heads, epsilon)
 
 
 def gelu_concat(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``[a, GELU(b)]`` along the last dimension, GELU in tanh form; a (B, L, A), b (B, L, B)."""
-    return torch.ops.svdq.gelu_concat(a, b)
+    return call("gelu_concat", a, b)
 
 
 def _finite(h: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -216,6 +216,11 @@ _OPERATORS = {
 _library: torch.library.Library | None = None
 
 
+def operator(name: str) -> _Operator | _BlockOperator:
+    """What is registered for CUDA under a name."""
+    return _OPERATORS[name]
+
+
 def register() -> None:
     """Register the CUDA implementations; calling it again does nothing."""
     global _library

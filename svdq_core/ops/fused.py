@@ -14,6 +14,7 @@ import torch
 
 from ..numerics import int4 as codec
 from . import int4
+from .dispatch import call
 
 HEAD = 128
 
@@ -54,7 +55,7 @@ def gelu_quantize_act_int4(
         y: (M, C), perhaps the last columns of something wider.
         smooth_factor, proj_down, act_unsigned, act_rotated: as there.
     """
-    return torch.ops.svdq.gelu_quantize_act_int4(x, y, smooth_factor, proj_down, act_unsigned, act_rotated)
+    return call("gelu_quantize_act_int4", x, y, smooth_factor, proj_down, act_unsigned, act_rotated)
 
 
 def modulate_quantize_act_int4(
@@ -71,7 +72,7 @@ def modulate_quantize_act_int4(
         x: (M, K), a block's normalized input.
         scale, shift: (B, K), one row for each M / B rows of x.
     """
-    return torch.ops.svdq.modulate_quantize_act_int4(x, scale, shift, smooth_factor, proj_down, act_unsigned)
+    return call("modulate_quantize_act_int4", x, scale, shift, smooth_factor, proj_down, act_unsigned)
 
 
 def linear_gelu_quantize_int4(
@@ -97,7 +98,8 @@ def linear_gelu_quantize_int4(
     Returns:
         that layer's qact (M, N / 2), act_scale (N / 64, M), down (M, r).
     """
-    return torch.ops.svdq.linear_gelu_quantize_int4(
+    return call(
+        "linear_gelu_quantize_int4",
         qact,
         act_scale,
         down,
@@ -137,7 +139,8 @@ def linear_norm_rope_int4(
     Returns:
         (M, N), N at least 3 x heads x 128.
     """
-    return torch.ops.svdq.linear_norm_rope_int4(
+    return call(
+        "linear_norm_rope_int4",
         qact,
         act_scale,
         down,

@@ -14,6 +14,7 @@ weight, in a layout of its own.
 import torch
 
 from ..numerics import hadamard, int4
+from .dispatch import call
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
@@ -50,8 +51,8 @@ def linear_w4a4(
     Returns:
         (M, N) in ``proj_up``'s dtype.
     """
-    return torch.ops.svdq.linear_w4a4(
-        x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
+    return call(
+        "linear_w4a4", x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
     )
 
 
@@ -74,7 +75,7 @@ def quantize_act_int4(
     Returns:
         qact (M, K / 2) int8, act_scale (K / 64, M) float32, down (M, r) float32.
     """
-    return torch.ops.svdq.quantize_act_int4(x, smooth_factor, proj_down, act_unsigned, act_rotated)
+    return call("quantize_act_int4", x, smooth_factor, proj_down, act_unsigned, act_rotated)
 
 
 def linear_int4(
@@ -100,7 +101,7 @@ def linear_int4(
     Returns:
         (M, N) in ``proj_up``'s dtype, accumulated in float32.
     """
-    return torch.ops.svdq.linear_int4(qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned)
+    return call("linear_int4", qact, act_scale, down, weight, weight_scale, proj_up, bias, act_unsigned)
 
 
 @torch.library.impl(_library, "quantize_act_int4", "CompositeExplicitAutograd")

@@ -6,6 +6,7 @@ import torch
 
 from ..numerics import int8
 from .awq import split_outputs
+from .dispatch import call
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
@@ -40,7 +41,7 @@ def linear_int8(
     Returns:
         (M, N) in ``proj_up``'s dtype.
     """
-    return torch.ops.svdq.linear_int8(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
+    return call("linear_int8", x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
 
 
 @torch.library.impl(_library, "linear_int8", "CompositeExplicitAutograd")
@@ -78,7 +79,7 @@ def linears_int8(
     Returns:
         (M, N) of each in ``x``'s dtype, parts of one tensor.
     """
-    together = torch.ops.svdq.linears_int8(x, smooth_factor, weight, weight_scale, bias)
+    together = call("linears_int8", x, smooth_factor, weight, weight_scale, bias)
     return split_outputs(together, x.shape[0], weight)
 
 

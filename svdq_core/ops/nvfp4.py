@@ -12,6 +12,7 @@ tensor, so that no pass over it is needed first: its files fold a range that E4M
 import torch
 
 from ..numerics import int4, nvfp4
+from .dispatch import call
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _LAYER = (
@@ -49,7 +50,8 @@ def linear_nvfp4(
     Returns:
         (M, N) in ``proj_up``'s dtype, accumulated in float32.
     """
-    return torch.ops.svdq.linear_nvfp4(
+    return call(
+        "linear_nvfp4",
         x,
         smooth_factor,
         proj_down,
@@ -94,7 +96,8 @@ def feed_forward_nvfp4(
     Returns:
         (M, outputs of the second layer) in ``next_proj_up``'s dtype.
     """
-    return torch.ops.svdq.feed_forward_nvfp4(
+    return call(
+        "feed_forward_nvfp4",
         x,
         smooth_factor,
         proj_down,
