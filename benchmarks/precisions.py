@@ -209,18 +209,13 @@ def measure_modulations_together(bandwidth: float) -> list[dict]:
     awq_names = ("weight", "weight_scale", "weight_zero", "bias")
     int8_names = ("smooth_factor", "weight", "weight_scale", "bias")
     return [
-        *_together("w4a16", awq_operands, awq_names, linears_awq_w4a16, linear_awq_w4a16, bandwidth),
-        *_together("int8", int8_operands, int8_names, linears_int8, int8_alone, bandwidth),
+        *_together("w4a16", awq_operands, awq_names, linears_awq_w4a16, bandwidth),
+        *_together("int8", int8_operands, int8_names, linears_int8, bandwidth),
     ]
 
 
 def _together(
-    precision: str,
-    make: Callable[..., Operands],
-    names: tuple[str, ...],
-    operator: Callable,
-    alone: Callable,
-    bandwidth: float,
+    precision: str, make: Callable[..., Operands], names: tuple[str, ...], operator: Callable, bandwidth: float
 ) -> list[dict]:
     every = [shape for shape, count in MODULATIONS.items() for _ in range(count)]
     layers = [[o[name] for name in names] for o in (make(1, *shape, torch.bfloat16) for shape in every)]
@@ -228,20 +223,18 @@ def _together(
     results = []
     for m in (1, 4, 8):
         x = torch.randn((m, every[0][0]), device="cuda", dtype=torch.bfloat16)
-        us = bench.median_us([lambda x=x: operator(x, *zip(*layers, strict=True))])
-        one_by_one = bench.median_us([lambda x=x: [alone(x, *layer) for layer in layers]])
+
+        def evaluate(*some: list[torch.Tensor], x: torch.Tensor = x) -> list[torch.Tensor]:
+            return operator(x, *zip(*some, strict=True))
+
+        us = bench.median_us([lambda f=evaluate: f(*layers)])
+        one_by_one = bench.median_us([lambda f=evaluate: [f(layer) for layer in layers]])
         moved = weights + 2 * m * (x.shape[1] + sum(n for _, n in every))
         result = {"precision": precision, "m": m, "layers": len(layers), "bytes": moved, "us": us}
         result |= {"one_by_one_us": one_by_one, "share_of_copy_bandwidth": moved / (us * 1e-6) / bandwidth}
         results.append(result)
         print(result, flush=True)
     return results
-
-
-def int8_alone(x: torch.Tensor, smooth_factor, weight, weight_scale, bias) -> torch.Tensor:
-    """``linear_int8`` without a low-rank branch."""
-    none = x.new_empty((x.shape[1], 0)), x.new_empty((len(weight), 0))
-    return linear_int8(x, smooth_factor, none[0], weight, weight_scale, none[1], bias)
 
 
 def measure_lora() -> dict:

@@ -52,8 +52,7 @@ SVDQ_DEVICE u32 pack_bytes(const float* values, float inverse) {
         const float value = Unsigned ? fmaxf(values[i], 0.f) : values[i];
         bits[i] = as_bits(fmaf(value, inverse, 12582912.f));
     }
-    return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
-                       0x5410);
+    return low_bytes(bits);
 }
 
 // The sign bits of two pairs of 16-bit numbers, as the top bits of four bytes.

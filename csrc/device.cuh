@@ -165,6 +165,12 @@ SVDQ_DEVICE float gelu_tanh(float x) {
     return x * r;
 }
 
+// The lowest bytes of four words, the first lowest.
+SVDQ_DEVICE u32 low_bytes(const u32 (&words)[4]) {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
+                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
+}
+
 // The products of two pairs of fp16.
 SVDQ_DEVICE u32 multiply_pairs(u32 a, u32 b) {
     u32 product;

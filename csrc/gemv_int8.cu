@@ -73,9 +73,14 @@ struct Columns {
     }
 };
 
-// Adding 12582912 rounds to an integer in a float's low bits.
-SVDQ_DEVICE u32 encode(float value) {
-    return as_bits(fminf(fmaxf(value, -kLargestCode), kLargestCode) + 12582912.f);
+// Four values to codes. Adding 12582912 rounds to an integer in a float's low bits.
+SVDQ_DEVICE u32 encode(const float* values, float inverse_scale) {
+    u32 bits[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        bits[j] = as_bits(fminf(fmaxf(values[j] * inverse_scale, -kLargestCode), kLargestCode) +
+                          12582912.f);
+    return low_bytes(bits);
 }
 
 }  // namespace
@@ -176,14 +181,8 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
 #pragma unroll
             for (int i = 0; i < kGroups; ++i)
 #pragma unroll
-                for (int word = 0; word < 4; ++word) {
-                    const float* const v = values[i] + word * 4;
-                    const u32 low =
-                        __byte_perm(encode(v[0] * inverse), encode(v[1] * inverse), 0x0040);
-                    const u32 high =
-                        __byte_perm(encode(v[2] * inverse), encode(v[3] * inverse), 0x0040);
-                    codes[i][word] = __byte_perm(low, high, 0x5410);
-                }
+                for (int word = 0; word < 4; ++word)
+                    codes[i][word] = encode(values[i] + word * 4, inverse);
         }
 
         // ---- its outputs, as far as they are this block's

@@ -64,6 +64,11 @@ SVDQ_DEVICE u32 pack_sum(float low, float high) {
     return T::pack(low, high);
 }
 
+// The first of a thread's columns in a piece.
+SVDQ_DEVICE int column_of(int piece) {
+    return 8 * (threadIdx.x + kThreads * piece);
+}
+
 // A thread's columns of a row.
 struct Columns {
     u32 pair[kPieces][4];
@@ -72,7 +77,7 @@ struct Columns {
     SVDQ_DEVICE Columns(const u16* row, int c) {
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            const int column = 8 * (threadIdx.x + kThreads * i);
+            const int column = column_of(i);
             uint4 v = make_uint4(0, 0, 0, 0);
             if (column < c) v = *(const uint4*)(row + column);
             pair[i][0] = v.x, pair[i][1] = v.y, pair[i][2] = v.z, pair[i][3] = v.w;
@@ -82,7 +87,7 @@ struct Columns {
     SVDQ_DEVICE void store(u16* row, int c) const {
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            const int column = 8 * (threadIdx.x + kThreads * i);
+            const int column = column_of(i);
             if (column < c)
                 *(uint4*)(row + column) =
                     make_uint4(pair[i][0], pair[i][1], pair[i][2], pair[i][3]);
@@ -128,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_modulate(const Argum
         float squares = 0.f;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            if (8 * (int)(threadIdx.x + kThreads * i) >= p.c) break;
+            if (column_of(i) >= p.c) break;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float low = T::low(h.pair[i][j]) - mean, high = T::high(h.pair[i][j]) - mean;

@@ -297,8 +297,7 @@ SVDQ_DEVICE u32 encode(const float (&value)[4], float factor) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
         bits[j] = as_bits(fmaf(value[j], factor, 12582912.f));
-    return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
-                       0x5410);
+    return low_bytes(bits);
 }
 
 struct Computing {

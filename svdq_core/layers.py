@@ -352,9 +352,8 @@ _LINEARS: Mapping[str, tuple[Callable[..., list[torch.Tensor]], tuple[str, ...]]
 
 def goes_together(layer: SVDQLinear) -> bool:
     """Whether :func:`evaluate_together` takes a layer: in W4A16, or in INT8 without a branch or an adapter's rank."""
-    if layer.spec.format not in _LINEARS:
-        return False
-    return not layer.spec.layout.low_rank or layer.active_tensors()["proj_up"].shape[1] == 0
+    has_branch = layer.spec.layout.low_rank and (layer.rank > 0 or layer.adapted_up is not None)
+    return layer.spec.format in _LINEARS and not has_branch
 
 
 def evaluate_together(layers: Sequence[SVDQLinear], x: torch.Tensor) -> list[torch.Tensor]:

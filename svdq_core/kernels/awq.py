@@ -8,7 +8,7 @@ import torch
 
 from ..numerics import awq, int4
 from . import gemv, plan
-from .launch import SIXTEEN_BIT, KernelInputError, check_limits, expect
+from .launch import check_limits, check_rows, expect
 
 _KERNEL = plan.GemvAwqBuild
 _NAME = "linear_awq_w4a16"
@@ -28,7 +28,7 @@ def linear(
         KernelInputError: an operand that the kernel does not take.
     """
     layer = weight, weight_scale, weight_zero, bias
-    _check_input(x)
+    check_rows(_NAME, x)
     _check_layer(x, *layer)
     m, n = x.shape[0], weight.shape[0]
     return gemv.evaluate(_KERNEL, x, layer, n) if _takes(m, n) else _dequantize_and_multiply(x, *layer)
@@ -47,20 +47,12 @@ def linears(
         KernelInputError: an operand that the kernel does not take.
     """
     layers = list(zip(weight, weight_scale, weight_zero, bias, strict=True))
-    _check_input(x)
+    check_rows(_NAME, x)
     for layer in layers:
         _check_layer(x, *layer)
     outputs = tuple(each.shape[0] for each in weight)
     taken = all(_takes(x.shape[0], n) for n in outputs)
     return gemv.evaluate_several(_NAME, _KERNEL, x, layers, outputs, taken, linear)
-
-
-def _check_input(x: torch.Tensor) -> None:
-    if x.dim() != 2 or x.dtype not in SIXTEEN_BIT:
-        raise KernelInputError(f"svdq::{_NAME}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")
-    if x.shape[1] == 0 or x.shape[1] % plan.GROUP:
-        raise KernelInputError(f"svdq::{_NAME}: K = {x.shape[1]} is not a positive multiple of {plan.GROUP}")
-    expect(_NAME, "x", x, x, tuple(x.shape), x.dtype)
 
 
 def _check_layer(x: torch.Tensor, weight, weight_scale, weight_zero, bias) -> None:

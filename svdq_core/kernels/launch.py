@@ -187,10 +187,10 @@ class QuantizerOutputs(NamedTuple):
 
 
 def check_rows(name: str, x: torch.Tensor) -> None:
-    """Raise unless the quantizers take ``x`` (M, K) of ``svdq::name``.
+    """Raise unless ``x`` is (M, K) as the kernels of ``svdq::name`` take it.
 
     Raises:
-        KernelInputError: they do not.
+        KernelInputError: it is not.
     """
     if x.dim() != 2 or x.dtype not in SIXTEEN_BIT:
         raise KernelInputError(f"svdq::{name}: x is {tuple(x.shape)} {x.dtype}, expected (M, K) bfloat16 or float16")

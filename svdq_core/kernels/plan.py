@@ -6,6 +6,7 @@ device, so the plan can be read, tested and tuned (``benchmarks/kernels_tune.py`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -460,7 +461,7 @@ INT8_TILES = (replace(MEDIUM, stages=3), SMALL)
 
 
 @dataclass(frozen=True)
-class _GemvBuild:
+class _GemvBuild(ABC):
     """A product of at most ``most_m`` rows: a warp has ``stages`` tiles of 16 outputs and ``columns`` of K at once.
 
     ``layers`` is how many layers of one input a launch may have.
@@ -478,21 +479,17 @@ class _GemvBuild:
     most_warps = 12
     threads = most_warps * 32
 
+    @abstractmethod
     def stage_bytes(self, warps: int) -> int:
         """Shared memory of the warps' stages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tile_bytes(self, m: int, warps: int) -> int:
         """Shared memory that a tile of outputs takes until its sums are complete, for m rows."""
-        raise NotImplementedError
 
     def most_batch(self, m: int, warps: int) -> int:
         """Tiles of a block whose sums are kept at once."""
         return (self.most_shared - self.stage_bytes(warps)) // self.tile_bytes(m, warps)
-
-    def launch_bytes(self, m: int, warps: int, batch: int) -> int:
-        """Dynamic shared memory of a launch."""
-        return self.stage_bytes(warps) + batch * self.tile_bytes(m, warps)
 
     def shared_bytes(self) -> int:
         """The most dynamic shared memory that a launch asks for."""
@@ -593,7 +590,7 @@ def gemv_launch(
     warps = _ceil(steps, rounds)
     blocks = min(tiles, multiprocessors * (build.most_warps // warps))
     batch = min(_ceil(tiles, blocks), build.most_batch(m, warps))
-    shared = build.launch_bytes(m, warps, batch)
+    shared = build.stage_bytes(warps) + batch * build.tile_bytes(m, warps)
     return GemvLaunch(build, blocks, warps, rounds, *divmod(tiles, blocks), batch, shared)
 
 

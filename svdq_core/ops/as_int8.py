@@ -17,6 +17,7 @@ import torch
 from ..formats.weights import of_outputs, quantized_part
 from ..kernels import state_of
 from ..numerics import hadamard, int4, int8
+from .dispatch import call
 
 _library = torch.library.Library("svdq", "FRAGMENT")
 _library.define(
@@ -68,7 +69,8 @@ def linear_as_int8(
     Returns:
         (M, N) in ``proj_up``'s dtype.
     """
-    return torch.ops.svdq.linear_as_int8(
+    return call(
+        "linear_as_int8",
         x,
         smooth_factor,
         proj_down,

@@ -87,9 +87,7 @@ def _linear_w4a4(
 ) -> torch.Tensor:
     """A whole layer: with kernels of its own on Hopper, elsewhere its two halves."""
     if launch.card(x.device.index)[0] == plan.HOPPER:
-        from ..kernels import hopper
-
-        return hopper.linear(
+        return _kernels("hopper").linear(
             x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
         )
     quantized = _quantize_act(launch, x, smooth_factor, proj_down, act_unsigned, act_rotated)
@@ -152,9 +150,7 @@ def _linear_nvfp4(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *o
     """A file may have shapes that the kernels do not take: groups are 16 wide, and rows of y not 16 bytes."""
     if x.shape[-1] % plan.GROUP or weight.shape[0] % 8:
         return nvfp4._linear_nvfp4_reference(x, smooth_factor, proj_down, weight, *operands)
-    from ..kernels import nvfp4 as kernels
-
-    return kernels.linear(x, smooth_factor, proj_down, weight, *operands)
+    return _kernels("nvfp4").linear(x, smooth_factor, proj_down, weight, *operands)
 
 
 def _feed_forward_nvfp4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
@@ -168,9 +164,7 @@ def _feed_forward_nvfp4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
     ):
         y = nvfp4.linear_nvfp4(x, *operands[:8])
         return nvfp4.linear_nvfp4(torch.nn.functional.gelu(y, approximate="tanh"), *operands[8:])
-    from ..kernels import nvfp4 as kernels
-
-    return kernels.feed_forward(x, *operands)
+    return _kernels("nvfp4").feed_forward(x, *operands)
 
 
 # The first eight operands of every linear are those of ``linear_int4``; the sixth is ``proj_up``.
@@ -241,12 +235,10 @@ def release_count() -> int:
 
 def release(tensors: Iterable[torch.Tensor]) -> None:
     """Free what a device made of a layer's tensors for its kernels; it is made again when needed."""
-    from ..kernels import hopper
-
     global _releases
     _releases += 1
     for tensor in tensors:
-        hopper.forget(tensor)
+        _kernels("hopper").forget(tensor)
         as_int8.forget(tensor)
 
 

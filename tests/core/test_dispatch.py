@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_core.formats import comfy_quant
 from svdq_core.ops import block, cuda, dispatch, fused
+from svdq_core.ops.as_int8 import linear_as_int8
 from svdq_core.ops.int4 import linear_w4a4
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +20,13 @@ import test_ops
 def w4a4():
     case = test_ops.make_case()
     return linear_w4a4, (*case.values(), False, True)
+
+
+def as_int8():
+    case = test_ops.make_case()
+    x, smooth_factor, proj_down, weight, weight_scale, *rest = case.values()
+    operands = x, smooth_factor, proj_down, weight, weight_scale, None, None, *rest
+    return linear_as_int8, (*operands, comfy_quant.SVDQUANT_W4A4, False, True)
 
 
 def gelu_quantize():
@@ -33,7 +42,7 @@ def gelu_quantize():
 
 def cases():
     """(function, operands) by name."""
-    found = {"w4a4": w4a4(), "gelu_quantize": gelu_quantize()}
+    found = {"w4a4": w4a4(), "as_int8": as_int8(), "gelu_quantize": gelu_quantize()}
     for name, make in zip(test_linears.IDS, test_linears.CASES, strict=True):
         found[name] = make(test_linears.Case(5, 16, torch.float32, True))[:2]
     for name, (operator, layer, _) in zip(test_linears.SEVERAL_IDS, test_linears.SEVERAL, strict=True):
