@@ -58,7 +58,7 @@ def tune_quantizer(m: int, k: int) -> None:
             build = replace(planned(*arguments).build, most_warps=warps, stages=stages)
             return plan.quantize_shape(build, *card, m, k, RANK)
 
-        launch._quantize_kernel.cache_clear()
+        launch.quantize_kernel.cache_clear()
         with mock.patch.object(plan, "quantize_launch", changed):
             try:
                 us = bench.median_us(
@@ -67,7 +67,7 @@ def tune_quantizer(m: int, k: int) -> None:
             except (SVDQuantError, RuntimeError):  # more shared memory than the card has
                 continue
         timed.append((us, f"{warps} warps, {stages} tiles of x"))
-    launch._quantize_kernel.cache_clear()
+    launch.quantize_kernel.cache_clear()
     _show(f"quantizer {m} x {k}", timed)
 
 

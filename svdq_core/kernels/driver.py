@@ -88,9 +88,10 @@ class DriverLauncher:
         version = ctypes.c_int()
         self._check(self._driver.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
         self._knows_early = version.value >= _EARLY_IN_GRAPHS
-        if self._knows_early:
-            self._launch_early = self._driver.cuLaunchKernelEx
-            self._launch_early.argtypes = [ctypes.c_void_p] * 4
+        # It takes a launch's configuration in one piece, which spares half of what ctypes costs.
+        self._launch_configured = getattr(self._driver, "cuLaunchKernelEx", None)
+        if self._launch_configured is not None:
+            self._launch_configured.argtypes = [ctypes.c_void_p] * 4
 
     def load(self, image: bytes, entry: str, shared_bytes: int) -> int:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -114,10 +115,10 @@ class DriverLauncher:
     ) -> None:
         # The driver copies the structure out of the bytes object before it returns.
         parameters = ctypes.byref(ctypes.c_char_p(arguments))
-        if early and self._knows_early:
-            start = self._launch_early
-            call = (_early_config(grid, threads, shared, stream), function, parameters, None)
-        else:
+        if self._launch_configured is not None:
+            start = self._launch_configured
+            call = (_config(grid, threads, shared, stream, early and self._knows_early), function, parameters, None)
+        else:  # before CUDA 11.8
             start, call = self._launch, (function, *grid, threads, 1, 1, shared, stream, parameters, None)
         result = start(*call)
         if result == _INVALID_CONTEXT:
@@ -137,9 +138,9 @@ class DriverLauncher:
 
 
 @lru_cache(maxsize=4096)
-def _early_config(grid: tuple[int, int, int], threads: int, shared: int, stream: int):
+def _config(grid: tuple[int, int, int], threads: int, shared: int, stream: int, early: bool):
     """A launch's, to pass on; they are few, and making one takes as long as the launch."""
-    return ctypes.pointer(_LaunchConfig(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), 1))
+    return ctypes.pointer(_LaunchConfig(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), int(early)))
 
 
 def _library() -> ctypes.CDLL:

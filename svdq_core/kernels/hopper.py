@@ -24,12 +24,9 @@ from ..numerics import int4
 from . import grid, plan, state_of
 from .launch import (
     Kernel,
-    KernelInputError,
     QuantizerOutputs,
     card,
-    check_limits,
-    check_quantizer_input,
-    expect,
+    check_int4_layer,
     kernel_of,
     launch_quantizer,
     on,
@@ -98,17 +95,8 @@ def linear(
         KernelInputError: an operand that the kernels do not take.
     """
     name = "linear_w4a4"
-    check_quantizer_input(name, x, smooth_factor, proj_down)
-    (m, k), n, dtype = x.shape, weight.shape[0], x.dtype
-    rank = proj_down.shape[1]
-    check_limits(name, m, n, k)
-    if n == 0 or n % 8:
-        raise KernelInputError(f"svdq::{name}: N = {n} is not a positive multiple of 8")
-    expect(name, "weight", weight, x, (n, k // 2), torch.int8)
-    expect(name, "weight_scale", weight_scale, x, (k // plan.GROUP, n), dtype)
-    expect(name, "proj_up", proj_up, x, (n, rank), dtype)
-    if bias is not None:
-        expect(name, "bias", bias, x, (n,), dtype)
+    check_int4_layer(name, x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
+    m, n, rank = x.shape[0], weight.shape[0], proj_down.shape[1]
     if m == 0:
         return x.new_empty((m, n))
     prologue = plan.ROTATE if act_rotated else plan.PLAIN

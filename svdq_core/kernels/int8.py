@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 
-from . import gemv, plan, rows, w8a8
+from . import gemv, nvfp4, plan, rows, w8a8
+from .kept import Kept
 from .launch import (
     Kernel,
     KernelInputError,
@@ -20,14 +21,16 @@ from .launch import (
     kernel_of,
     on,
     pad_rank,
+    pointer,
     starts_early,
 )
-from .nvfp4 import absmax
+from .ready import Launches, ReadyLayer, evaluate, places
 
 _QUANTIZE = struct.Struct("5P3i4x")
 _GEMM = struct.Struct("9P5i4x")
 _NAME = "linear_int8"
 _MOST_K = 2**17  # of products up to 127 * 128
+_RANKS = 64  # the multiple to which `down` is padded
 _FEW_ROWS = plan.GemvInt8Build
 
 
@@ -45,16 +48,51 @@ def linear(
     Raises:
         KernelInputError: an operand that the kernels do not take.
     """
-    check_quantizer_input(_NAME, x, smooth_factor, proj_down)
-    _check_weight(x, weight, weight_scale, bias)
-    (m, k), n = x.shape, weight.shape[0]
-    expect(_NAME, "proj_up", proj_up, x, (n, proj_down.shape[1]), x.dtype)
-    if proj_down.shape[1] == 0 and _are_few(m, k, n):
-        return gemv.evaluate(_FEW_ROWS, x, (smooth_factor, weight, weight_scale, bias), n)
-    quantized = quantize(x, smooth_factor, proj_down)
-    if card(x.device.index)[0] == plan.HOPPER:
-        return w8a8.multiply(*quantized, weight, weight_scale, proj_up, bias)
-    return multiply(*quantized, weight, weight_scale, proj_up, bias)
+    operands = smooth_factor, proj_down, weight, weight_scale, proj_up, bias
+    if proj_down.numel() == 0 and _are_few(x.shape[0], x.shape[-1], weight.shape[0]):
+        _check_layer(x, *operands)
+        return gemv.evaluate(_FEW_ROWS, x, (smooth_factor, weight, weight_scale, bias), weight.shape[0])
+    return evaluate(_layers, _Layer, x, weight, operands)
+
+
+class _Layer(ReadyLayer):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        smooth_factor: torch.Tensor,
+        proj_down: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        proj_up: torch.Tensor,
+        bias: torch.Tensor | None,
+    ):
+        _check_layer(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
+        super().__init__(x, len(weight))
+        self.down, self.up = pad_rank(proj_down), pad_rank(proj_up)  # copies, if any, live as long as this
+        self.rank = self.down.shape[1]
+        self.smooth_factor = smooth_factor.data_ptr()
+        self.of_output = weight.data_ptr(), weight_scale.data_ptr(), self.up.data_ptr(), pointer(bias)
+
+    def prepare(self, m: int) -> Launches:
+        k, n, rank, bf16 = self.k, self.n, self.rank, self.dtype == torch.bfloat16
+        check_limits(_NAME, m, n, k)
+        quantize, rest = _quantizer(self.index, m, k, rank, bf16, self.smooth_factor, self.down.data_ptr())
+        if card(self.index)[0] == plan.HOPPER:
+            multiply = w8a8.multiplier(self.index, m, n, k, rank, bf16, *self.of_output)
+        else:
+            multiply = _multiplier(_gemm_kernel(self.index, m, n, bf16), m, n, k, rank, *self.of_output)
+        return Launches.laid_out(
+            quantize,
+            multiply,
+            codes=m * k,
+            scale=4 * m,
+            down=2 * m * _padded(rank),
+            down_scale=0 if bf16 or not rank else 4 * m,
+            rest=rest,
+        )
+
+
+_layers: Kept[_Layer] = Kept()
 
 
 def linears(
@@ -82,6 +120,12 @@ def linears(
     outputs = tuple(each.shape[0] for each in weight)
     taken = all(_are_few(m, k, n) for n in outputs)
     return gemv.evaluate_several(_NAME, _FEW_ROWS, x, layers, outputs, taken, without_branch)
+
+
+def _check_layer(x: torch.Tensor, smooth_factor, proj_down, weight, weight_scale, proj_up, bias) -> None:
+    check_quantizer_input(_NAME, x, smooth_factor, proj_down)
+    _check_weight(x, weight, weight_scale, bias)
+    expect(_NAME, "proj_up", proj_up, x, (len(weight), proj_down.shape[1]), x.dtype)
 
 
 def _check_weight(x: torch.Tensor, weight: torch.Tensor, weight_scale, bias) -> None:
@@ -116,28 +160,44 @@ def quantize(
         codes (M, K) int8; their scale (M,) float32; down (M, rank to a multiple of 64) as ``x``, zeros behind
         the rank; and its scale (M,) float32, None for bfloat16: powers of two that keep it in float16's range.
     """
-    (m, k), index = x.shape, x.device.index
-    if m and rows.takes(x, proj_down.shape[1]):
-        return rows.quantize_with_branch(x, smooth_factor, proj_down)
-    largest, down, down_scale = absmax(x, smooth_factor, proj_down)
+    (m, k), index, bf16 = x.shape, x.device.index, x.dtype == torch.bfloat16
+    proj_down = pad_rank(proj_down)
+    rank = proj_down.shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    down = torch.empty((m, _padded(rank)), dtype=x.dtype, device=x.device)
+    down_scale = torch.empty(m, dtype=torch.float32, device=x.device) if rank and not bf16 else None
     if m:
         with on(index):
-            _quantize_kernel(index, m, x.dtype == torch.bfloat16).launch(
-                torch._C._cuda_getCurrentRawStream(index),
-                _QUANTIZE.pack(
-                    x.data_ptr(),
-                    smooth_factor.data_ptr(),
-                    largest.data_ptr(),
-                    codes.data_ptr(),
-                    scale.data_ptr(),
-                    m,
-                    k,
-                    largest.shape[0],
-                ),
-            )
+            start, room = _quantizer(index, m, k, rank, bf16, smooth_factor.data_ptr(), proj_down.data_ptr())
+            rest = torch.empty(room, dtype=torch.int8, device=x.device)
+            start(torch._C._cuda_getCurrentRawStream(index), *map(pointer, (x, codes, scale, down, down_scale, rest)))
     return codes, scale, down, down_scale
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _RANKS) * _RANKS
+
+
+def _quantizer(
+    index: int, m: int, k: int, rank: int, bf16: bool, smooth_factor: int, proj_down: int
+) -> tuple[Callable[..., None], int]:
+    """What starts the first half on m rows, on the current device: in one kernel where a card has that.
+
+    Returns:
+        It, given a stream and where x, codes, scales, ``down``, its scales (0 for none) and other memory are; and how
+        many bytes of that it needs.
+    """
+    if rows.takes(index, m, k, rank, bf16):
+        return rows.quantizer(index, m, k, rank, bf16, False, smooth_factor, proj_down), 0
+    largest = nvfp4.quantizer(index, m, k, rank, bf16, plan.ABSMAX)
+    encode, (_, sums, room) = _quantize_kernel(index, m, bf16), places(largest.slices * m * 4, largest.sums)
+
+    def start(stream: int, x: int, codes: int, scale: int, down: int, down_scale: int, rest: int) -> None:
+        largest.start(stream, x, smooth_factor, proj_down, rest, 0, down, down_scale, rest + sums)
+        encode.launch(stream, _QUANTIZE.pack(x, smooth_factor, rest, codes, scale, m, k, largest.slices))
+
+    return start, room
 
 
 @lru_cache(maxsize=4096)
@@ -173,26 +233,23 @@ def multiply(
             kernel = _gemm_kernel(index, m, n, dtype == torch.bfloat16)
         else:
             kernel = kernel_of(index, build, build.grid(m, n), build.shared_bytes())
-        kernel.launch(
-            torch._C._cuda_getCurrentRawStream(index),
-            _GEMM.pack(
-                codes.data_ptr(),
-                act_scale.data_ptr(),
-                down.data_ptr(),
-                0 if down_scale is None else down_scale.data_ptr(),
-                weight.data_ptr(),
-                weight_scale.data_ptr(),
-                proj_up.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                out.data_ptr(),
-                m,
-                n,
-                k,
-                proj_up.shape[1],
-                down.shape[1],
-            ),
-        )
+        of_output = map(pointer, (weight, weight_scale, proj_up, bias))
+        start = _multiplier(kernel, m, n, k, proj_up.shape[1], *of_output)
+        start(torch._C._cuda_getCurrentRawStream(index), *map(pointer, (codes, act_scale, down, down_scale, out)))
     return out
+
+
+def _multiplier(
+    kernel: Kernel, m: int, n: int, k: int, rank: int, weight: int, weight_scale: int, proj_up: int, bias: int
+) -> Callable[..., None]:
+    """What starts the second half, given a stream and where codes, scales, ``down``, its scales and outputs are."""
+    sizes = m, n, k, rank, _padded(rank)
+
+    def start(stream: int, codes: int, act_scale: int, down: int, down_scale: int, out: int) -> None:
+        quantized = codes, act_scale, down, down_scale
+        kernel.launch(stream, _GEMM.pack(*quantized, weight, weight_scale, proj_up, bias, out, *sizes))
+
+    return start
 
 
 @lru_cache(maxsize=4096)

@@ -17,9 +17,9 @@ import torch
 from ..errors import SVDQuantError
 from . import driver, library, plan
 
-# The kernels' Arguments structures: pointers, then sizes, as the compiler lays them out.
-_QUANTIZE = struct.Struct("6P5i2P2i3P2i")
-_GEMM = struct.Struct("8P4i5P2i3Pfi0P")
+# The INT4 kernels' Arguments structures, as the compiler lays them out.
+QUANTIZE = struct.Struct("6P5i2P2i3P2i")
+GEMM = struct.Struct("8P4i5P2i3Pfi0P")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
 
@@ -78,15 +78,17 @@ def pointer(tensor: torch.Tensor | None) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> Kernel:
+def gemm_kernel(index: int, m: int, n: int, bf16: bool, unsigned: bool, epilogue: int) -> Kernel:
+    """The plan's kernel for an (m, n) output, by ``plan.gemm_build``'s names."""
     build = plan.gemm_build(*card(index), m, n, bf16, unsigned, epilogue)
     return kernel_of(index, build, build.grid(m, n), build.shared_bytes())
 
 
 @lru_cache(maxsize=4096)
-def _quantize_kernel(
+def quantize_kernel(
     index: int, m: int, k: int, rank: int, bf16: bool, unsigned: bool, prologue: int, output: int
 ) -> tuple[Kernel, plan.QuantizeLaunch]:
+    """The plan's quantizer, by ``plan.quantize_launch``'s names, and how it deals out rows."""
     launch = plan.quantize_launch(*card(index), m, k, rank, bf16, unsigned, prologue, output)
     kernel = kernel_of(index, launch.build, launch.grid, launch.build.shared_bytes(launch.warps))
     return kernel._replace(threads=launch.warps * 32, early=starts_early(index)), launch
@@ -160,16 +162,16 @@ def pad_rank(tensor: torch.Tensor) -> torch.Tensor:
 _counters: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}
 
 
-def zero_counters(x: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+def zero_counters(index: int, stream: int, count: int) -> torch.Tensor:
     """Counters that are zero between launches; one set a stream, since launches of a stream don't overlap.
 
     A graph has its own, which it zeroes once, not for every launch: they are kept while its capture lasts.
     """
     capture = driver.capture_id(stream) if torch.cuda.is_current_stream_capturing() else 0
-    key = x.device.index, stream, capture != 0
+    key = index, stream, capture != 0
     found = _counters.get(key)
     if found is None or found[0] != capture or found[1].numel() < count:
-        found = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+        found = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=torch.device("cuda", index))
         _counters[key] = found
     return found[1]
 
@@ -217,6 +219,33 @@ def _check_quantizer_layer(name: str, x: torch.Tensor, k: int, smooth_factor, pr
     expect(name, "proj_down", proj_down, x, (k, proj_down.shape[1]), x.dtype)
 
 
+def check_int4_layer(
+    name: str,
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor,
+    proj_down: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    proj_up: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise unless the kernels of a whole INT4 layer, ``svdq::name``, take these operands.
+
+    Raises:
+        KernelInputError: they do not.
+    """
+    check_quantizer_input(name, x, smooth_factor, proj_down)
+    (m, k), n, dtype = x.shape, weight.shape[0], x.dtype
+    check_limits(name, m, n, k)
+    if n == 0 or n % 8:
+        raise KernelInputError(f"svdq::{name}: N = {n} is not a positive multiple of 8")
+    expect(name, "weight", weight, x, (n, k // 2), torch.int8)
+    expect(name, "weight_scale", weight_scale, x, (k // plan.GROUP, n), dtype)
+    expect(name, "proj_up", proj_up, x, (n, proj_down.shape[1]), dtype)
+    if bias is not None:
+        expect(name, "bias", bias, x, (n,), dtype)
+
+
 def _check_gelu_input(name: str, x: torch.Tensor, y: torch.Tensor, smooth_factor, proj_down) -> None:
     if y.dim() != 2 or y.dtype not in SIXTEEN_BIT:
         raise KernelInputError(f"svdq::{name}: y is {tuple(y.shape)} {y.dtype}, expected (M, C) bfloat16 or float16")
@@ -252,12 +281,12 @@ def launch_quantizer(
         scale_pointer, shift_pointer = (tensor.data_ptr() for tensor in modulation)
         modulation_rows = m // modulation[0].shape[0]
     with on(index):
-        kernel, shape = _quantize_kernel(
+        kernel, shape = quantize_kernel(
             index, m, k, rank, x.dtype == torch.bfloat16, bool(act_unsigned), prologue, out.output
         )
         kernel.launch(
             torch._C._cuda_getCurrentRawStream(index),
-            _QUANTIZE.pack(
+            QUANTIZE.pack(
                 x.data_ptr(),
                 smooth_factor.data_ptr(),
                 proj_down.data_ptr(),
@@ -414,7 +443,7 @@ def gemm(
         expect(name, "rope", rope, qact, (rope_rows, 64, 2, 2), torch.float32)
         norm_pointers = [norm_q.data_ptr(), norm_k.data_ptr(), rope.data_ptr()]
     if m:
-        arguments = _GEMM.pack(
+        arguments = GEMM.pack(
             qact.data_ptr(),
             act_scale.data_ptr(),
             down.data_ptr(),
@@ -437,7 +466,7 @@ def gemm(
         index = device.index
         with on(index):
             if build is None:
-                kernel = _gemm_kernel(index, m, n, dtype == torch.bfloat16, bool(act_unsigned), epilogue)
+                kernel = gemm_kernel(index, m, n, dtype == torch.bfloat16, bool(act_unsigned), epilogue)
             else:
                 kernel = kernel_of(index, build, build.grid(m, n), build.shared_bytes())
             kernel.launch(torch._C._cuda_getCurrentRawStream(index), arguments)

@@ -11,12 +11,14 @@ What passes between the two::
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from . import plan, wide
+from .kept import Kept
 from .launch import (
     Kernel,
     KernelInputError,
@@ -30,10 +32,12 @@ from .launch import (
     pointer,
     zero_counters,
 )
+from .ready import Launches, ReadyLayer, evaluate
 
 _QUANTIZE = struct.Struct("9P5i4x")
 _GEMM = struct.Struct("11P7i4x8P")
 _NAME = "linear_nvfp4"
+_NO_NEXT_LAYER = (0,) * 10  # what the GEMM is told of it, where there is none
 _RANKS = 64  # the multiple to which `down` is padded
 SCALE_DTYPE = torch.float8_e4m3fn
 
@@ -55,11 +59,58 @@ def linear(
         KernelInputError: an operand that the kernels do not take.
     """
     weights = weight, weight_scale, weight_tensor_scale, weight_channel_scale, proj_up, bias
-    check_quantizer_input(_NAME, x, smooth_factor, proj_down)
-    check_weight(_NAME, x, x.shape[1], proj_down.shape[1], *weights)
-    if card(x.device.index)[0] == plan.HOPPER and wide.takes(weight.shape[0]):
-        return wide.multiply(*quantize_wide(x, smooth_factor, proj_down), *weights)
-    return multiply(*quantize(x, smooth_factor, proj_down), *weights)
+    return evaluate(_layers, _Layer, x, weight, (smooth_factor, proj_down, *weights))
+
+
+class _Layer(ReadyLayer):
+    def __init__(self, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, *weights):
+        check_quantizer_input(_NAME, x, smooth_factor, proj_down)
+        check_weight(_NAME, x, x.shape[1], proj_down.shape[1], *weights)
+        *weights, proj_up, bias = weights
+        super().__init__(x, len(proj_up))
+        self.padded = pad_rank(proj_down), pad_rank(proj_up)  # copies, if they are any, live as long as this
+        down, up = self.padded
+        self.rank = down.shape[1]
+        self.of_input = smooth_factor.data_ptr(), down.data_ptr()
+        self.of_output = *map(pointer, weights), up.data_ptr(), pointer(bias)
+
+    def prepare(self, m: int) -> Launches:
+        k, n, rank, bf16 = self.k, self.n, self.rank, self.dtype == torch.bfloat16
+        check_limits(_NAME, m, n, k)
+        is_wide = card(self.index)[0] == plan.HOPPER and wide.takes(n)
+        launch = quantizer(self.index, m, k, rank, bf16, plan.WIDE if is_wide else plan.CODES)
+        of_input = self.of_input
+
+        def quantize(stream: int, x: int, *outputs: int) -> None:
+            launch.start(stream, x, *of_input, *outputs)
+
+        if is_wide:
+            multiply = wide.multiplier(self.index, m, n, k, rank, bf16, *self.of_output)
+        else:
+            kernel = _gemm_kernel(self.index, m, n, bf16, plan.STORE)
+            multiply = _multiplier(kernel, m, n, k, rank, *self.of_output)
+        return Launches.laid_out(
+            quantize,
+            multiply,
+            codes=2 * m * k if is_wide else m * k // 2,
+            scale=0 if is_wide else m * k // 16,
+            down=2 * m * launch.width,
+            down_scale=0 if bf16 or not rank else 4 * m,
+            rest=launch.sums,
+        )
+
+
+def _multiplier(kernel: Kernel, m: int, n: int, k: int, rank: int, *of_output: int) -> Callable[..., None]:
+    """What starts the second half, given a stream and where codes, scales, ``down``, its scales and outputs are."""
+    sizes = m, n, k, rank, -(-rank // _RANKS) * _RANKS, *_NO_NEXT_LAYER
+
+    def start(stream: int, codes: int, scale: int, down: int, down_scale: int, out: int) -> None:
+        kernel.launch(stream, _GEMM.pack(codes, scale, down, down_scale, *of_output, out, *sizes))
+
+    return start
+
+
+_layers: Kept[_Layer] = Kept()
 
 
 def feed_forward(
@@ -151,24 +202,55 @@ def quantize_wide(
     return _quantize(x, smooth_factor, proj_down, plan.WIDE, values)
 
 
-def absmax(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The largest magnitude of each row of ``x / smooth_factor``, and ``x @ proj_down``; operands checked.
+class Quantizer(NamedTuple):
+    """The quantizer's launch for inputs with so many rows.
 
-    Returns:
-        (slices, M) float32, each of some of the columns; down and its scale as above.
+    Attributes:
+        slices: of the columns, each some blocks'.
+        sums: bytes that they leave their sums in.
+        tiles: of rows, each with a counter; 0 where nothing is left to be added up.
+        width: columns of ``down``.
     """
-    return _quantize(x, smooth_factor, proj_down, plan.ABSMAX)
+
+    index: int
+    kernel: Kernel
+    sizes: tuple[int, ...]
+    slices: int
+    sums: int
+    tiles: int
+    width: int
+
+    def start(
+        self,
+        stream: int,
+        x: int,
+        smooth_factor: int,
+        proj_down: int,
+        values: int,
+        scale: int,
+        down: int,
+        down_scale: int,
+        sums: int,
+    ) -> None:
+        """Start it, given where everything is."""
+        counters = zero_counters(self.index, stream, self.tiles).data_ptr() if self.tiles else 0
+        self.kernel.launch(
+            stream,
+            _QUANTIZE.pack(x, smooth_factor, proj_down, values, scale, down, down_scale, sums, counters, *self.sizes),
+        )
 
 
 @lru_cache(maxsize=4096)
-def _quantize_kernel(
-    index: int, m: int, k: int, rank: int, bf16: bool, output: int
-) -> tuple[Kernel, plan.Nvfp4QuantizeLaunch]:
+def quantizer(index: int, m: int, k: int, rank: int, bf16: bool, output: int) -> Quantizer:
+    """The plan's quantizer, of a rank that is a multiple of 8 and an ``output`` of ``plan``, on the current device."""
     shape = plan.nvfp4_quantize_launch(*card(index), m, k, rank, bf16, output)
     kernel = kernel_of(index, shape.build, shape.grid, shape.build.shared_bytes(shape.slice_groups, shape.warps))
-    return kernel._replace(threads=shape.warps * 32), shape
+    blocks, slices, rank_blocks = shape.grid
+    tiles = blocks * shape.warps if rank and slices * rank_blocks > 1 else 0
+    sums = tiles * slices * rank_blocks * shape.build.rows * shape.build.rank_tiles * 8 * 4
+    width = -(-rank // _RANKS) * _RANKS
+    sizes = m, k, rank, width, shape.slice_groups
+    return Quantizer(index, kernel._replace(threads=shape.warps * 32), sizes, slices, sums, tiles, width)
 
 
 def _quantize(
@@ -176,48 +258,22 @@ def _quantize(
     smooth_factor: torch.Tensor,
     proj_down: torch.Tensor,
     output: int,
-    values: torch.Tensor | None = None,
+    values: torch.Tensor,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Fills ``values`` (``plan.ABSMAX`` makes its own) and ``scale``; returns values, down and its scale."""
+    """Fills ``values`` and ``scale``; returns values, down and its scale."""
     (m, k), index, bf16 = x.shape, x.device.index, x.dtype == torch.bfloat16
     proj_down = pad_rank(proj_down)
     rank = proj_down.shape[1]
     down = torch.empty((m, -(-rank // _RANKS) * _RANKS), dtype=x.dtype, device=x.device)
     down_scale = None if bf16 or not rank else torch.empty(m, dtype=torch.float32, device=x.device)
     if m == 0:
-        return x if values is None else values, down, down_scale
+        return values, down, down_scale
     with on(index):
-        kernel, shape = _quantize_kernel(index, m, k, rank, bf16, output)
-        if values is None:
-            values = torch.empty((shape.grid[1], m), dtype=torch.float32, device=x.device)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        partial = counters = None
-        parts = shape.grid[1] * shape.grid[2]
-        if rank and parts > 1:
-            tiles = shape.grid[0] * shape.warps
-            sums = tiles * parts * shape.build.rows * shape.build.rank_tiles * 8
-            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-            counters = zero_counters(x, stream, tiles)
-        kernel.launch(
-            stream,
-            _QUANTIZE.pack(
-                x.data_ptr(),
-                smooth_factor.data_ptr(),
-                proj_down.data_ptr(),
-                values.data_ptr(),
-                0 if scale is None else scale.data_ptr(),
-                down.data_ptr(),
-                0 if down_scale is None else down_scale.data_ptr(),
-                0 if partial is None else partial.data_ptr(),
-                0 if counters is None else counters.data_ptr(),
-                m,
-                k,
-                rank,
-                down.shape[1],
-                shape.slice_groups,
-            ),
-        )
+        launch = quantizer(index, m, k, rank, bf16, output)
+        sums = torch.empty(launch.sums, dtype=torch.int8, device=x.device) if launch.sums else None
+        operands = x, smooth_factor, proj_down, values, scale, down, down_scale, sums
+        launch.start(torch._C._cuda_getCurrentRawStream(index), *map(pointer, operands))
     return values, down, down_scale
 
 
@@ -376,7 +432,7 @@ def _multiply(
         if following is not None:
             next_ranks = following.sums.shape[1], following.down.shape[1]
             # One counter for each tile of rows, of which the lowest tile has the most.
-            counters = zero_counters(codes, stream, -(-m // plan.MEDIUM.bm))
+            counters = zero_counters(index, stream, -(-m // plan.MEDIUM.bm))
             next_pointers = *map(pointer, following), counters.data_ptr()
         kernel.launch(
             stream,

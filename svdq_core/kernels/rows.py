@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,7 +21,7 @@ from .launch import (
     expect,
     kernel_of,
     on,
-    pad_rank,
+    pointer,
     whole,
 )
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _ARGUMENTS = struct.Struct("128s128s128s5P8i56x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
-_RANKS = 64  # columns of ``down``
 _NAME = "linear_as_int8"
 
 
@@ -53,25 +53,26 @@ class _Launches:
         """Kernels and the constant parts of their arguments, for m rows; ``plain`` as for the plan."""
         check_limits(_NAME, m, self.n, self.k)
         kernel, shape = _kernel(self.index, m, self.k, 0, self.dtype == torch.bfloat16, True, plain)
+        of_output = map(pointer, (image.weight, image.weight_scale, None, image.bias))
         made = (
             kernel.launch,
             shape.box,
             (m, self.k, *_sizes(shape), (plain or 0) // plan.GROUP),
-            *w8a8.prepared_launch(self.index, m, image.weight, image.weight_scale, image.bias, self.dtype),
+            w8a8.multiplier(self.index, m, self.n, self.k, 0, self.dtype == torch.bfloat16, *of_output),
         )
         self.prepared[m, plain] = made
         return made
 
     def start(self, prepared: tuple, x_map: bytes, y_map: bytes, out: torch.Tensor) -> None:
         """Start both kernels, on an input of some rows."""
-        quantize_launch, _, sizes, multiply, arguments = prepared
+        quantize_launch, _, sizes, multiply = prepared
         m, k = sizes[:2]
         # Codes, and behind them their scales.
         codes = torch.empty(m * (k + 4), dtype=torch.int8, device=out.device)
         at = codes.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         quantize_launch(stream, _ARGUMENTS.pack(x_map, y_map, _NO_MAP, self.inverse, at, at + m * k, 0, 0, *sizes))
-        multiply(stream, arguments(at, at + m * k, out.data_ptr()))
+        multiply(stream, at, at + m * k, 0, 0, out.data_ptr())
 
 
 def _launches(image: Image) -> _Launches:
@@ -157,61 +158,46 @@ def quantize(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor, torc
     Returns:
         codes (M, K) int8 and their scale (M,) float32.
     """
-    codes, scale, _, _ = _quantize(x, inverse, None, True)
+    (m, k), index = x.shape, x.device.index
+    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m:
+        with on(index):
+            start = quantizer(index, m, k, 0, x.dtype == torch.bfloat16, True, inverse.data_ptr(), 0)
+            start(torch._C._cuda_getCurrentRawStream(index), x.data_ptr(), codes.data_ptr(), scale.data_ptr(), 0, 0)
     return codes, scale
 
 
-def takes(x: torch.Tensor, rank: int) -> bool:
-    """Whether :func:`quantize_with_branch` takes an input and so many ranks."""
-    index = x.device.index
-    return (
-        card(index)[0] == plan.HOPPER and _launch(index, *x.shape, rank, x.dtype == torch.bfloat16, False) is not None
-    )
+def takes(index: int, m: int, k: int, rank: int, bf16: bool) -> bool:
+    """Whether :func:`quantizer` has one for m rows that are not rotated, and so many ranks."""
+    return card(index)[0] == plan.HOPPER and _launch(index, m, k, rank, bf16, False) is not None
 
 
-def quantize_with_branch(
-    x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``kernels.int8.quantize`` in one kernel, of what :func:`takes` is true of."""
-    return _quantize(x, smooth_factor, pad_rank(proj_down), False)
+def quantizer(
+    index: int, m: int, k: int, rank: int, bf16: bool, rotate: bool, factor: int, proj_down: int
+) -> Callable[..., None]:
+    """What quantizes m rows, on the current device, with x . proj_down where there are ranks, a multiple of 8.
 
+    Args:
+        factor: where smooth_factor is, or what x is multiplied by if rotated.
+        proj_down: where that is.
 
-def _quantize(
-    x: torch.Tensor, factor: torch.Tensor, proj_down: torch.Tensor | None, rotate: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    (m, k), index, bf16 = x.shape, x.device.index, x.dtype == torch.bfloat16
-    rank = 0 if proj_down is None else proj_down.shape[1]
-    codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    down = torch.empty((m, _RANKS if rank else 0), dtype=x.dtype, device=x.device)
-    down_scale = torch.empty(m, dtype=torch.float32, device=x.device) if rank and not bf16 else None
-    if m:
-        with on(index):
-            kernel, shape = _kernel(index, m, k, rank, bf16, rotate, None)
-            kernel.launch(
-                torch._C._cuda_getCurrentRawStream(index),
-                _ARGUMENTS.pack(
-                    grouped_tensor_map(x.data_ptr(), m, 2 * k, plan.RowsBuild.rows, shape.box),
-                    _NO_MAP,
-                    _branch_map(proj_down, shape) if rank else _NO_MAP,
-                    factor.data_ptr(),
-                    codes.data_ptr(),
-                    scale.data_ptr(),
-                    down.data_ptr(),
-                    0 if down_scale is None else down_scale.data_ptr(),
-                    m,
-                    k,
-                    *_sizes(shape),
-                    0,
-                ),
-            )
-    return codes, scale, down, down_scale
+    Returns:
+        The launch, given a stream and where x, codes, their scales, ``down``, its scales (0 for none) and memory that
+        it does not need are.
+    """
+    kernel, shape = _kernel(index, m, k, rank, bf16, rotate, None)
+    branch = _NO_MAP
+    if rank:
+        columns, ranks = min(shape.box, 4) * plan.GROUP, shape.build.rank_tiles * 8
+        branch = tensor_map(proj_down, k, 2 * rank, columns, 2 * ranks, True)
+    sizes = m, k, *_sizes(shape), 0
 
+    def start(stream: int, x: int, codes: int, scale: int, down: int, down_scale: int, _: int = 0) -> None:
+        x_map = grouped_tensor_map(x, m, 2 * k, plan.RowsBuild.rows, shape.box)
+        kernel.launch(stream, _ARGUMENTS.pack(x_map, _NO_MAP, branch, factor, codes, scale, down, down_scale, *sizes))
 
-def _branch_map(proj_down: torch.Tensor, shape: plan.RowsLaunch) -> bytes:
-    k, rank = proj_down.shape
-    columns, ranks = min(shape.box, 4) * plan.GROUP, shape.build.rank_tiles * 8
-    return tensor_map(proj_down.data_ptr(), k, 2 * rank, columns, 2 * ranks, True)
+    return start
 
 
 @lru_cache(maxsize=4096)

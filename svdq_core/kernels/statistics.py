@@ -65,7 +65,7 @@ def take_in(
                 maximum.data_ptr(),
                 square_sum.data_ptr(),
                 partial.data_ptr(),
-                zero_counters(rows, stream, columns).data_ptr(),
+                zero_counters(index, stream, columns).data_ptr(),
                 copies.data_ptr(),
                 m,
                 k,

@@ -10,106 +10,66 @@ import struct
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
-
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_in_turns, on, pad_rank, pointer
+from .launch import Kernel, card, kernel_in_turns
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s4P5i12x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _BOX = 128  # bytes of a row in a stage
+_RANKS = 64  # the multiple to which `down` is padded
 
 
-def multiply(
-    codes: torch.Tensor,
-    act_scale: torch.Tensor,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    proj_up: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Outputs (M, N) of a layer, operands checked.
-
-    Args:
-        codes: (M, K) int8.
-        act_scale: (M,) float32.
-        down: (M, 64 n) in 16 bits, at least proj_up's ranks.
-        down_scale: (M,) float32 to multiply ``down`` by, or None.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        proj_up: (N, r) in the outputs' type.
-        bias: (N,) likewise, or None.
-    """
-    (m, k), n = codes.shape, weight.shape[0]
-    out = torch.empty((m, n), dtype=proj_up.dtype, device=proj_up.device)
-    if m == 0:
-        return out
-    proj_up = pad_rank(proj_up)
-    rank, index = proj_up.shape[1], proj_up.device.index
-    with on(index):
-        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16, rank > 0)
-        share = build.columns // build.cluster
-        kernel.launch(
-            torch._C._cuda_getCurrentRawStream(index),
-            _ARGUMENTS.pack(
-                tensor_map(codes.data_ptr(), m, k, build.rows, _BOX, True),
-                tensor_map(weight.data_ptr(), n, k, share, _BOX, True),
-                tensor_map(down.data_ptr(), m, 2 * down.shape[1], build.rows, _BOX, True) if rank else _NO_MAP,
-                tensor_map(proj_up.data_ptr(), n, 2 * rank, share, _BOX, True) if rank else _NO_MAP,
-                _out_map(build, out.data_ptr(), m, n),
-                act_scale.data_ptr(),
-                pointer(down_scale),
-                weight_scale.data_ptr(),
-                pointer(bias),
-                m,
-                n,
-                _stages(k),
-                rank,
-                whole,
-            ),
-        )
-    return out
-
-
-def prepared_launch(
+def multiplier(
     index: int,
     m: int,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Callable[[int, bytes], None], Callable[[int, int, int], bytes]]:
-    """:func:`multiply` of m rows without a low-rank branch, to be launched often on the same weight.
+    n: int,
+    k: int,
+    rank: int,
+    bf16: bool,
+    weight: int,
+    weight_scale: int,
+    proj_up: int,
+    bias: int,
+) -> Callable[..., None]:
+    """What multiplies m rows by a layer's weight, on the current device.
+
+    Args:
+        rank: of the low-rank branch, a multiple of 8; 0 without one.
+        weight: where the (N, K) int8 codes are, and
+        weight_scale: their (N,) float32 scales, and
+        proj_up: (N, rank) in the outputs' type, and
+        bias: (N,) likewise, or 0.
 
     Returns:
-        The launch, given a stream and arguments; and what makes those of the codes', their scales' and the
-        outputs' addresses.
+        The launch, given a stream and where codes (M, K) int8, act_scale (M,) float32, ``down`` (M, 64 n) in 16 bits,
+        down_scale (M,) float32 to multiply it by (0 for none), and the outputs (M, N) are.
     """
-    n, k = weight.shape
-    build, whole, kernel = _kernel(index, m, n, dtype == torch.bfloat16, False)
-    weight_map = tensor_map(weight.data_ptr(), n, k, build.columns // build.cluster, _BOX, True)
-    constant = 0, weight_scale.data_ptr(), pointer(bias), m, n, _stages(k), 0, whole
+    build, whole, kernel = _kernel(index, m, n, bf16, rank > 0)
+    share, down_width = build.columns // build.cluster, -(-rank // _RANKS) * _RANKS
+    weight_map = tensor_map(weight, n, k, share, _BOX, True)
+    up_map = tensor_map(proj_up, n, 2 * rank, share, _BOX, True) if rank else _NO_MAP
+    piece_rows, piece_columns = build.piece
+    sizes = m, n, _stages(k), rank, whole
 
-    def arguments(codes: int, act_scale: int, out: int) -> bytes:
-        return _ARGUMENTS.pack(
-            tensor_map(codes, m, k, build.rows, _BOX, True),
-            weight_map,
-            _NO_MAP,
-            _NO_MAP,
-            _out_map(build, out, m, n),
-            act_scale,
-            *constant,
+    def start(stream: int, codes: int, act_scale: int, down: int, down_scale: int, out: int) -> None:
+        kernel.launch(
+            stream,
+            _ARGUMENTS.pack(
+                tensor_map(codes, m, k, build.rows, _BOX, True),
+                weight_map,
+                tensor_map(down, m, 2 * down_width, build.rows, _BOX, True) if rank else _NO_MAP,
+                up_map,
+                tensor_map(out, m, 2 * n, piece_rows, 2 * piece_columns, True),
+                act_scale,
+                down_scale,
+                weight_scale,
+                bias,
+                *sizes,
+            ),
         )
 
-    return kernel.launch, arguments
-
-
-def _out_map(build: plan.RowsGemmBuild, out: int, m: int, n: int) -> bytes:
-    rows, columns = build.piece
-    return tensor_map(out, m, 2 * n, rows, 2 * columns, True)
+    return start
 
 
 def _stages(k: int) -> int:

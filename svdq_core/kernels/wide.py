@@ -7,16 +7,16 @@ It reads weights as a file has them, so nothing is made of them; activations com
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
-
-import torch
 
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_in_turns, on, pad_rank, pointer
+from .launch import Kernel, card, kernel_in_turns
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s5P5i4x")  # aligned to 64 bytes
 _BOX = 128  # bytes of a row in a stage
+_RANKS = 64  # the multiple to which `down` is padded
 
 
 def takes(n: int) -> bool:
@@ -24,57 +24,54 @@ def takes(n: int) -> bool:
     return n % 16 == 0
 
 
-def multiply(
-    values: torch.Tensor,
-    down: torch.Tensor,
-    down_scale: torch.Tensor | None,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_tensor_scale: torch.Tensor,
-    weight_channel_scale: torch.Tensor | None,
-    proj_up: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Outputs (M, N) of an NVFP4 layer of which :func:`takes` is true, operands checked.
+def multiplier(
+    index: int,
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    bf16: bool,
+    weight: int,
+    weight_scale: int,
+    weight_tensor_scale: int,
+    weight_channel_scale: int,
+    proj_up: int,
+    bias: int,
+) -> Callable[..., None]:
+    """What multiplies m rows by an NVFP4 weight of which :func:`takes` is true, on the current device.
 
     Args:
-        values: (M, K) float16, as ``quantize_wide`` orders it.
-        down: (M, 64 n) in 16 bits, at least proj_up's ranks.
-        down_scale: (M,) float32 to multiply ``down`` by, or None.
-        weight, weight_scale, weight_tensor_scale, weight_channel_scale: as a file has them.
-        proj_up: (N, r) in the outputs' type.
-        bias: (N,) likewise, or None.
+        rank: a multiple of 8.
+        weight, weight_scale, weight_tensor_scale, weight_channel_scale, proj_up, bias: where these are, as a file has
+            them, ``proj_up`` with so many ranks; 0 for one that there is not.
+
+    Returns:
+        The launch, given a stream and where values (M, K) float16, as ``quantize_wide`` orders it, their scales (there
+        are none), ``down`` (M, 64 n) in 16 bits, its scales (M,) float32 (0 for none), and outputs (M, N) are.
     """
-    (m, k), n = values.shape, weight.shape[0]
-    out = torch.empty((m, n), dtype=proj_up.dtype, device=proj_up.device)
-    if m == 0:
-        return out
-    proj_up = pad_rank(proj_up)
-    rank, index = proj_up.shape[1], proj_up.device.index
-    with on(index):
-        build, whole, kernel = _kernel(index, m, n, out.dtype == torch.bfloat16)
-        box, stages = build.tokens // build.cluster, k // plan.GROUP
+    build, whole, kernel = _kernel(index, m, n, bf16)
+    box, stages, down_width = build.tokens // build.cluster, k // plan.GROUP, -(-rank // _RANKS) * _RANKS
+    weight_map = tensor_map(weight, n, k // 2, build.rows, 32, False)
+    scale_map = tensor_map(weight_scale, k // 16, n, 4, build.rows, False)
+    of_layer = weight_tensor_scale, weight_channel_scale, proj_up, bias
+    sizes = m, n, stages + stages % 2, rank, whole
+
+    def start(stream: int, values: int, _: int, down: int, down_scale: int, out: int) -> None:
         kernel.launch(
-            torch._C._cuda_getCurrentRawStream(index),
+            stream,
             _ARGUMENTS.pack(
-                tensor_map(values.data_ptr(), m, 2 * k, box, _BOX, True),
-                tensor_map(weight.data_ptr(), n, k // 2, build.rows, 32, False),
-                tensor_map(weight_scale.data_ptr(), k // 16, n, 4, build.rows, False),
-                tensor_map(down.data_ptr(), m, 2 * down.shape[1], box, _BOX, True) if rank else bytes(128),
-                tensor_map(out.data_ptr(), m, 2 * n, 32, _BOX, True),
-                pointer(down_scale),
-                weight_tensor_scale.data_ptr(),
-                pointer(weight_channel_scale),
-                proj_up.data_ptr(),
-                pointer(bias),
-                m,
-                n,
-                stages + stages % 2,
-                rank,
-                whole,
+                tensor_map(values, m, 2 * k, box, _BOX, True),
+                weight_map,
+                scale_map,
+                tensor_map(down, m, 2 * down_width, box, _BOX, True) if rank else bytes(128),
+                tensor_map(out, m, 2 * n, 32, _BOX, True),
+                down_scale,
+                *of_layer,
+                *sizes,
             ),
         )
-    return out
+
+    return start
 
 
 @lru_cache(maxsize=4096)

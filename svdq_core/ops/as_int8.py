@@ -8,14 +8,13 @@ end of a sum, and errors of the 4-bit input are gone. Both operands are rotated 
     x ── · inverse ─ rotate ─ quantize rows ─> codes, act_scale ─> y = codes·weightᵀ · scales + bias
 """
 
-import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..formats.weights import of_outputs, quantized_part
-from ..kernels import state_of
+from ..kernels.kept import Kept
 from ..numerics import hadamard, int4, int8
 from .dispatch import call
 
@@ -146,57 +145,35 @@ def quantize_input(x: torch.Tensor, inverse: torch.Tensor) -> tuple[torch.Tensor
     return codes, (scale * _ROOM).clamp_max(torch.finfo(torch.float32).max)
 
 
-class _Kept(NamedTuple):
-    """An image, and what each operand was when it was made: a reference, and its state."""
-
-    references: tuple[weakref.ref | None, ...]
-    states: tuple[tuple[int, int] | None, ...]
-    image: Image
-
-
-_images: dict[int, _Kept] = {}  # by the identity of a weight that is alive
+_images: Kept[Image] = Kept()
 
 
 def kept_image(operands: tuple[torch.Tensor | None, ...], *form) -> Image:
-    """The same, made once and kept as long as the weight, for as long as all operands stay what they are.
+    """The same, made once and kept for as long as all operands live and stay what they are.
 
     While a CUDA graph is captured what is not there is made for the graph alone.
     """
     weight = operands[WEIGHT]
-    key = id(weight)
-    found = _images.get(key)
-    if found is not None and _are_same(found, operands):
-        return found.image
+    found = _images.get(weight, operands)
+    if found is not None:
+        return found
     if torch.cuda.is_current_stream_capturing():
         return image(operands, *form)
     forget(weight)  # before the next one takes memory
-    references = [None if tensor is None else weakref.ref(tensor) for tensor in operands]
-    references[WEIGHT] = weakref.ref(weight, lambda _: _images.pop(key, None))
-    states = tuple(None if tensor is None else state_of(tensor) for tensor in operands)
     made = image(operands, *form)
-    _images[key] = _Kept(tuple(references), states, made)
+    _images.put(weight, operands, made)
     return made
-
-
-def _are_same(found: _Kept, operands: tuple[torch.Tensor | None, ...]) -> bool:
-    for reference, state, tensor in zip(found.references, found.states, operands, strict=True):
-        if tensor is None or reference is None:
-            if tensor is not None or reference is not None:
-                return False
-        elif reference() is not tensor or state != state_of(tensor):
-            return False
-    return True
 
 
 def memory(weight: torch.Tensor) -> int:
     """Bytes that a weight's image takes now, beside the file's tensors."""
-    found = _images.get(id(weight))
-    return 0 if found is None else found.image.nbytes
+    found = _images.of(weight)
+    return 0 if found is None else found.nbytes
 
 
 def forget(weight: torch.Tensor) -> None:
     """Free the image of a weight."""
-    _images.pop(id(weight), None)
+    _images.forget(weight)
 
 
 @torch.library.impl(_library, "linear_as_int8", "CompositeExplicitAutograd")

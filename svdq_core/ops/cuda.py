@@ -73,25 +73,10 @@ def _gelu_quantize_act(launch, x: torch.Tensor, y, smooth_factor, proj_down, act
     return launch.quantize(x, smooth_factor, proj_down, act_unsigned, prologue, y=y)
 
 
-def _linear_w4a4(
-    launch,
-    x: torch.Tensor,
-    smooth_factor,
-    proj_down,
-    weight,
-    weight_scale,
-    proj_up,
-    bias,
-    act_unsigned,
-    act_rotated=False,
-) -> torch.Tensor:
+def _linear_w4a4(launch, x: torch.Tensor, *operands) -> torch.Tensor:
     """A whole layer: with kernels of its own on Hopper, elsewhere its two halves."""
-    if launch.card(x.device.index)[0] == plan.HOPPER:
-        return _kernels("hopper").linear(
-            x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias, act_unsigned, act_rotated
-        )
-    quantized = _quantize_act(launch, x, smooth_factor, proj_down, act_unsigned, act_rotated)
-    return launch.gemm(*quantized, weight, weight_scale, proj_up, bias, act_unsigned)
+    module = "hopper" if launch.card(x.device.index)[0] == plan.HOPPER else "w4a4"
+    return _kernels(module).linear(x, *operands)
 
 
 def _linear_int8(_launch, x: torch.Tensor, smooth_factor, proj_down, weight, *operands) -> torch.Tensor:
