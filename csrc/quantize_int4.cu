@@ -94,6 +94,8 @@ static_assert(kMostTiles * RT * 512 <= 2 * kSlab, "sums fit where slabs were");
 // A lane's part of x . proj_down: of 16 t + g (element 0, 1) and 16 t + g + 8 (2, 3), rows 8 h + 2
 // q (0, 2) and + 1 (1, 3), where its q and g are a fragment's, t the first index and h the second.
 using Sums = float[kPairs][2][4];
+// And of the group's 64 rows of proj_down: of products s and ranks 16 t to 16 t + 15.
+using Fragments = u32[4][kPairs][4];
 
 struct Arguments {
     const u16* x;          // (M, K), or its first columns
@@ -328,8 +330,9 @@ struct Output {
     // Room for sums near the largest float32: gemm_hopper.cu takes it back by the column's scale.
     static constexpr float kChunkUnit = T::kIsBf16 ? 1.f / 1048576.f : 1.f;
 
-    // The finished sums of 8 RT ranks from rank0 on, of the eight rows from row0 on.
-    SVDQ_DEVICE void down(const float (&sum)[kPairs][4], u32 row0, u32 rank0) const {
+    // The finished sums of 16 Pairs ranks from rank0 on, of the eight rows from row0 on.
+    template <u32 Pairs>
+    SVDQ_DEVICE void down(const float (&sum)[Pairs][4], u32 row0, u32 rank0) const {
 #pragma unroll
         for (u32 e = 0; e < 2; ++e) {
             const u32 row = row0 + 2 * q + e;
@@ -338,7 +341,7 @@ struct Output {
                 !T::kIsBf16) {  // to fp16's range, by a power of two for each row
                 float largest = 0.f;
 #pragma unroll
-                for (int t = 0; t < RT; ++t)
+                for (u32 t = 0; t < 2 * Pairs; ++t)
                     largest = fmaxf(largest, fabsf(sum[t / 2][t % 2 * 2 + e]));
                 largest = fmaxf(largest, shuffle_xor(largest, 4));
                 largest = fmaxf(largest, shuffle_xor(largest, 8));
@@ -349,7 +352,7 @@ struct Output {
             }
             if (row >= (u32)p.m) continue;
 #pragma unroll
-            for (int t = 0; t < RT; ++t) {
+            for (u32 t = 0; t < 2 * Pairs; ++t) {
                 const u32 rank = rank0 + t * 8 + g;
                 const float value = sum[t / 2][t % 2 * 2 + e];
                 if (kForm != kNibbles) {
@@ -472,6 +475,15 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
     const u32 fragment = slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
 
+    // Those of a group, for all of its tiles, where they stay in registers.
+    constexpr bool kMoreRegisters = kPrologue == kGeluRotate || (kForm == kImage && kRotates);
+    constexpr bool kKeepsFragments = RT <= (kMoreRegisters ? 2 : 4);
+    Fragments fragments;
+    auto load_fragment = [&](u32(&a)[4], int s, int t) {
+        load_matrices_transposed(
+            a, ((mine + turn + fragment) ^ t << 5) + (s / 2 * 32 + s % 2 * 4) * kStride);
+    };
+
     auto take_tile = [&](Sums& sum, u32 tile, u32 group) {
         Fragment x(read);
         read = read == ring + (kStages - 1) * kTileX ? ring : read + kTileX;
@@ -487,9 +499,9 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
             for (int s = 0; s < 4; ++s) {
 #pragma unroll
                 for (int t = 0; t < RT / 2; ++t) {
-                    u32 a[4];
-                    load_matrices_transposed(a, ((mine + turn + fragment) ^ t << 5) +
-                                                    (s / 2 * 32 + s % 2 * 4) * kStride);
+                    u32 loaded[4];
+                    if (!kKeepsFragments) load_fragment(loaded, s, t);
+                    const u32(&a)[4] = kKeepsFragments ? fragments[s][t] : loaded;
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
                         mma_16bit<T>(sum[t][h], a, x.pair[h][2 * s], x.pair[h][2 * s + 1]);
@@ -528,6 +540,13 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
                       as_bits(inverse_factor(T::high(smooth))));
         smooth = load_smooth(next);
         __syncwarp();
+        if constexpr (RT > 0 && kKeepsFragments) {
+#pragma unroll
+            for (int s = 0; s < 4; ++s)
+#pragma unroll
+                for (int t = 0; t < RT / 2; ++t)
+                    load_fragment(fragments[s][t], s, t);
+        }
 #pragma unroll
         for (u32 t = 0; t < kMostTiles; ++t)
             if (t < tiles) {
@@ -540,30 +559,35 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
         group = next;
     }
 
-    // ---- x . proj_down: the warps' sums, in their order; eight rows for each warp
+    // ---- x . proj_down: the warps' sums, in their order; eight rows, or some of their ranks, for
+    // each warp
     if constexpr (RT > 0) {
 #pragma unroll
         for (u32 t = 0; t < kMostTiles; ++t)
+            if (t < tiles)
 #pragma unroll
-            for (int n = 0; n < RT; ++n) {
-                const float* v = sum[t][n / 2][n % 2];
-                store_shared16(mine + ((t * RT + n) * 32 + lane) * 16, as_bits(v[0]), as_bits(v[1]),
-                               as_bits(v[2]), as_bits(v[3]));
-            }
+                for (int n = 0; n < RT; ++n) {
+                    const float* v = sum[t][n / 2][n % 2];
+                    store_shared16(mine + ((t * RT + n) * 32 + lane) * 16, as_bits(v[0]),
+                                   as_bits(v[1]), as_bits(v[2]), as_bits(v[3]));
+                }
         __syncthreads();
-        for (u32 eight = warp; eight < eights; eight += warps) {
-            const u32 from =
-                shared_address(memory) + ((eight / 2 * RT + eight % 2) * 32 + lane) * 16;
-            float total[kPairs][4] = {};
-#pragma unroll 4
+        constexpr bool kScaled = kForm != kNibbles && !T::kIsBf16;  // a row by all of its ranks
+        constexpr u32 kParts = kScaled ? 1 : kPairs, kPart = kPairs / kParts;
+        for (u32 i = warp; i < eights * kParts; i += warps) {
+            const u32 eight = i / kParts, pair0 = i % kParts * kPart;
+            const u32 from = shared_address(memory) +
+                             (((eight / 2 * kPairs + pair0) * 2 + eight % 2) * 32 + lane) * 16;
+            float total[kPart][4] = {};
+#pragma unroll 8
             for (u32 w = 0; w < warps; ++w)
 #pragma unroll
-                for (u32 i = 0; i < kPairs; ++i) {
-                    const uint4 v = load_shared16(from + w * kWarpBytes + i * 1024);
-                    total[i][0] += as_float(v.x), total[i][1] += as_float(v.y);
-                    total[i][2] += as_float(v.z), total[i][3] += as_float(v.w);
+                for (u32 n = 0; n < kPart; ++n) {
+                    const uint4 v = load_shared16(from + w * kWarpBytes + n * 1024);
+                    total[n][0] += as_float(v.x), total[n][1] += as_float(v.y);
+                    total[n][2] += as_float(v.z), total[n][3] += as_float(v.w);
                 }
-            out.down(total, row0 + eight * 8, rank0);
+            out.down(total, row0 + eight * 8, rank0 + pair0 * 16);
         }
     }
 }

@@ -1019,14 +1019,11 @@ _QUANTIZE_SHARED = {75: 64, 80: 163, 90: 227, 100: 227, 103: 227}
 _RESERVED_SHARED = 1024  # of each block
 
 
-def quantize_staging(
-    capability: int, rank_tiles: int = 4, output: int = NIBBLES, prologue: int = PLAIN
-) -> tuple[int, int]:
+def quantize_staging(capability: int, rank_tiles: int = 4, output: int = NIBBLES) -> tuple[int, int]:
     """(stages of x, most warps in a block) of INT4's quantizer, to what shared memory and registers hold."""
     shared = _QUANTIZE_SHARED.get(capability, 99)
     stages, warps = (3, 12) if shared > 64 else (2, 4)
-    many_registers = rank_tiles > 4 or (rank_tiles and prologue in (ROTATE, GELU_ROTATE))
-    if shared > 200 and output == NIBBLES and not many_registers:
+    if shared > 200 and output == NIBBLES and not rank_tiles:
         stages, warps = 2, 16
     room = shared * 1024 // QuantizeBuild(True, False, rank_tiles, PLAIN, stages, warps, output).warp_bytes
     return stages, min(warps, room)
@@ -1068,7 +1065,7 @@ def quantize_launch(
 ) -> QuantizeLaunch:
     """The build for an (m, k) input and the shape of its launch."""
     products = rank_tiles(capability, rank)
-    staging = quantize_staging(capability, products, output, prologue)
+    staging = quantize_staging(capability, products, output)
     build = QuantizeBuild(bf16, unsigned, products, prologue, *staging, output)
     return quantize_shape(build, capability, multiprocessors, m, k, rank)
 
@@ -1147,9 +1144,7 @@ def all_builds(capability: int) -> list[Build]:
     builds: list[Build] = []
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
-            QuantizeBuild(
-                bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output, prologue), output
-            )
+            QuantizeBuild(bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output), output)
             for tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE, GELU_ROTATE))
             if not (unsigned and prologue in (ROTATE, GELU_ROTATE))
             for output in (
