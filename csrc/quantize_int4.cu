@@ -475,8 +475,10 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
     const u32 fragment = slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
 
-    // Those of a group, for all of its tiles, where they stay in registers.
-    constexpr bool kMoreRegisters = kPrologue == kGeluRotate || (kForm == kImage && kRotates);
+    // Those of a group, for all of its tiles, where they stay in registers: 32 ranks' beside a
+    // rotation only if there is nothing else, nor ptxas' sm_100.
+    constexpr bool kMoreRegisters =
+        kRotates && (kOfGelu || kForm == kImage || SVDQ_ARCH / 100 == 10);
     constexpr bool kKeepsFragments = RT <= (kMoreRegisters ? 2 : 4);
     Fragments fragments;
     auto load_fragment = [&](u32(&a)[4], int s, int t) {
