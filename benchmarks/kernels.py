@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from svdq_core import bench
-from svdq_core.kernels import driver, launch, library, nvrtc, plan
+from svdq_core.kernels import driver, launch, library, nvrtc, plan, w4a4
 from svdq_core.ops.cuda import register
 from svdq_core.ops.int4 import linear_int4, quantize_act_int4
 
@@ -59,7 +59,7 @@ def int8_products_per_second() -> float:
 
 
 def quantizer(m: int, k: int, ranks: tuple[int, ...], bandwidth: float) -> list[dict]:
-    """The quantizer's time by rank."""
+    """The quantizer's time by rank, and that of a copy that reads and writes as many bytes in all."""
     results = []
     for rank in ranks:
         sets = bench.copies(lambda r=rank: bench._operands(m, k, 64, r, torch.bfloat16, False), 2 * m * k)
@@ -69,8 +69,11 @@ def quantizer(m: int, k: int, ranks: tuple[int, ...], bandwidth: float) -> list[
             )
             for r in (False, True)
         )
-        share = bench.quantize_bytes(m, k, rank) / us * 1e6 / bandwidth
-        results.append({"m": m, "k": k, "rank": rank, "us": us, "rotated_us": rotated_us, "share_of_copy": share})
+        moved = bench.quantize_bytes(m, k, rank)
+        halves = [torch.zeros(2, moved // 4, dtype=torch.bfloat16, device="cuda") for _ in sets]
+        copy_us = bench.median_us([lambda h=h: torch.mul(h[0], 1.0, out=h[1]) for h in halves], 50)
+        result = {"m": m, "k": k, "rank": rank, "us": us, "rotated_us": rotated_us, "copy_of_as_many_bytes_us": copy_us}
+        results.append(result | {"share_of_copy": moved / us * 1e6 / bandwidth})
     return results
 
 
@@ -99,20 +102,28 @@ def stand_in(m: int, k: int, n: int, peak: float) -> dict:
     return result
 
 
-def host_overhead_us() -> float:
-    """Time of one operator call on the host, when the card is not waited for."""
+def host_overhead_us() -> dict[str, float]:
+    """Time of a call on the host, when the card is not waited for: of a layer, of its halves, of torch's layer."""
     o = bench._operands(16, 256, 128, 32, torch.bfloat16, False)
-    quantized = quantize_act_int4(o["x"], o["smooth"], o["proj_down"], False)
-    rest = (o["weight"], o["weight_scale"], o["proj_up"], o["bias"], False)
-    for _ in range(100):
-        linear_int4(*quantized, *rest)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(500):
-        linear_int4(*quantized, *rest)
-    spent = time.perf_counter() - started
-    torch.cuda.synchronize()
-    return spent / 500 * 1e6
+    of_input = o["smooth"], o["proj_down"]
+    of_output = o["weight"], o["weight_scale"], o["proj_up"], o["bias"]
+    dense = torch.zeros(128, 256, dtype=torch.bfloat16, device="cuda")
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "layer": lambda: w4a4.linear(o["x"], *of_input, *of_output, False),
+        "halves": lambda: linear_int4(*quantize_act_int4(o["x"], *of_input, False), *of_output, False),
+        "torch": lambda: torch.nn.functional.linear(o["x"], dense, o["bias"]),
+    }
+    result = {}
+    for name, call in calls.items():
+        for _ in range(100):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(500):
+            call()
+        result[name] = (time.perf_counter() - started) / 500 * 1e6
+        torch.cuda.synchronize()
+    return result
 
 
 def cold_start(capability: int) -> dict[str, float]:
