@@ -15,6 +15,11 @@
 //              +---------+---------+- . . +---------+- . .
 //                warp 0    warp 1           warp 0
 //
+// Where rows are not a multiple of eight for each block, the first blocks have eight more, and all
+// others wait for them at the end. With SVDQ_SHARES these last rows lie behind all others'; a block
+// multiplies them, but quantizes only some of their groups, and the rest is dealt out, eight rows
+// of a group at a time (a unit), to the warps of blocks that have no such rows.
+//
 // The same 16 bytes of x that a lane loads serve it as what is quantized and as its part of the
 // matrix product's right operand (the product is transposed, proj_down^T . x^T, because that
 // operand's registers are a row's own), so x never leaves the registers. For that the product's
@@ -60,6 +65,7 @@
 #    define SVDQ_WARPS 12
 #    define SVDQ_TILES 3
 #    define SVDQ_OUTPUT 0
+#    define SVDQ_SHARES 0
 #endif
 
 namespace {
@@ -69,6 +75,8 @@ constexpr int RT = SVDQ_RANK_TILES;  // products of 8 ranks each; 0 without a lo
 
 enum Form { kNibbles = 0, kImage = 1, kBytes = 2 };
 constexpr Form kForm = (Form)SVDQ_OUTPUT;
+constexpr bool kShares = SVDQ_SHARES;
+static_assert(!kShares || kForm != kImage, "scales of an image's chunk are one warp's");
 enum Prologue { kNone = 0, kGelu = 1, kModulate = 2, kRotate = 3, kGeluRotate = 4 };
 constexpr Prologue kPrologue = (Prologue)SVDQ_PROLOGUE;
 constexpr bool kOfGelu = kPrologue == kGelu || kPrologue == kGeluRotate;
@@ -108,6 +116,7 @@ struct Arguments {
     void* down;
     int m, k, rank;
     int eights, longer;  // of a block, eight rows each, and how many first blocks have one more
+    int own_groups;      // of that one, which a block quantizes itself; kShares
     // kModulate: x (1 + scale) + shift
     const u16* modulation_scale;  // (M / modulation_rows, K)
     const u16* modulation_shift;
@@ -273,11 +282,11 @@ struct Output {
 
     SVDQ_DEVICE Output(const Arguments& p, u32 lane) : p(p), lane(lane), g(lane / 4), q(lane % 4) {}
 
-    // Row h of this lane's two in the tile from row0 on. `scales` is shared memory for the tile's
-    // scales of a chunk (image), (16 rows, 8 groups).
+    // Row h of this lane's two in a tile, of the eight from row0 on. `scales` is shared memory for
+    // the tile's scales of a chunk (image), (16 rows, 8 groups).
     SVDQ_DEVICE void codes(u32 row0, u32 group, u32 h, const u32 (&codes)[4], float scale,
                            u32 scales) const {
-        const u32 row = row0 + g + 8 * h;
+        const u32 row = row0 + g;
         const bool exists = row < (u32)p.m;
         if (kForm == kImage) {
             // 16 bytes of a lane are the quad's q-th of the group: see hopper.py for the order.
@@ -302,9 +311,10 @@ struct Output {
     }
 
     // Image: the scales of a chunk of `count` groups, relative to each row's largest.
-    SVDQ_DEVICE void chunk(u32 row0, u32 rows, u32 chunk, u32 count, u32 scales) const {
+    SVDQ_DEVICE void chunk(const u32 (&first)[2], u32 rows, u32 chunk, u32 count,
+                           u32 scales) const {
         __syncwarp();
-        const u32 row = row0 + lane / 2, half = lane % 2 * 4;
+        const u32 row = (lane < 16 ? first[0] : first[1]) + lane / 2 % 8, half = lane % 2 * 4;
         const uint4 v = load_shared16(scales + lane * 16);
         float s[4] = {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)}, largest = 0.f;
 #pragma unroll
@@ -377,6 +387,39 @@ SVDQ_DEVICE void prefetch(const void* from, u32 bytes) {
         prefetch_line((const u8*)from + at);
 }
 
+// Of a warp: what blocks with eight rows more leave to the others, of those rows, eight at a time,
+// the groups from p.own_groups on.
+struct Units {
+    u32 row, group = 0;
+    const u32 end, groups, share;  // rows end there; groups of a row, and how many are dealt out
+    u32 step_rows = 0, step_groups = 0;
+
+    SVDQ_DEVICE Units(const Arguments& p, u32 warp, u32 warps)
+        : end((gridDim.x * p.eights + p.longer) * 8),
+          groups(p.k / kGroup),
+          share(groups - p.own_groups) {
+        row = end;
+        if (!kShares || blockIdx.x < (u32)p.longer || blockIdx.z || share == 0) return;
+        const u32 others = gridDim.x - p.longer, step = others * warps;
+        const u32 first = others * warp + blockIdx.x - p.longer;
+        step_rows = step / share * 8;
+        step_groups = step % share;
+        row = (gridDim.x * p.eights + first / share) * 8;
+        group = p.own_groups + first % share;
+    }
+    SVDQ_DEVICE bool there() const {
+        return kShares && row < end;
+    }
+    SVDQ_DEVICE void advance() {
+        row += step_rows;
+        group += step_groups;
+        if (group >= groups) {
+            group -= share;
+            row += 8;
+        }
+    }
+};
+
 // The group after `group` of a warp's. An image's chunks are a warp's as a whole.
 SVDQ_DEVICE u32 group_after(u32 group, u32 warps) {
     if (kForm != kImage) return group + warps;
@@ -390,46 +433,63 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     extern __shared__ __align__(128) u8 memory[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const u32 g = lane / 4, q = lane % 4;
-    const u32 groups = p.k / kGroup, first = kForm == kImage ? warp * kChunk : warp;
-    const u32 rank0 = blockIdx.z * RT * 8;
+    const u32 groups = p.k / kGroup, rank0 = blockIdx.z * RT * 8;
     const bool quantizes = blockIdx.z == 0;  // the blocks of further ranks only multiply
 
-    const u32 block = blockIdx.x, longer = p.longer;
-    const u32 eights = p.eights + (block < longer), tiles = (eights + 1) / 2;
-    const u32 row0 = (block * p.eights + min(block, longer)) * 8;
+    const u32 block = blockIdx.x, longer = p.longer, base = p.eights;
+    const u32 eights = base + (block < longer), tiles = (eights + 1) / 2;
+    const u32 first = eights == 0 ? groups : kForm == kImage ? warp * kChunk : warp;
     const u32 last_row = p.m - 1;
+    const u32 row0 = (block * base + (kShares ? 0 : min(block, longer))) * 8;
+    const u32 last_rows = (gridDim.x * base + block) * 8;
+    auto row_of = [&](u32 eight) {
+        return !kShares || eight < base ? row0 + eight * 8 : last_rows;
+    };
 
     const u32 mine = shared_address(memory) + warp * kWarpBytes;
     const u32 ring = mine + 2 * kSlab + lane * 16;
     const Output out(p, lane);
 
-    // The next tile of x: of a group all tiles, then of the next group.
+    Units units(p, warp, warps);
+    Units next_units = units;
+    // The next tile of x: of a group all tiles, then of the next group; then of units.
     u32 next_group = first, next_tile = 0, write = ring, read = ring;
     auto copy_x = [&] {
-        if (next_group < groups) {
-            const u32 row = row0 + next_tile * kRows + g;
+        const bool of_tile = next_group < groups;
+        if (of_tile || next_units.there()) {
+            const u32 group = of_tile ? next_group : next_units.group;
             const u16* from = p.x;
-            u32 stride = p.k, column = next_group * kGroup + 8 * q;
+            u32 stride = p.k, column = group * kGroup + 8 * q;
             if (kOfGelu) {
                 const u32 columns = p.x_groups * kGroup;
-                const bool of_y = next_group >= (u32)p.x_groups;
+                const bool of_y = group >= (u32)p.x_groups;
                 from = of_y ? p.y : p.x;
                 stride = of_y ? p.y_stride : columns;
                 column -= of_y ? columns : 0;
             }
-            const u16* x0 = from + (min(row, last_row) * stride + column);
-            const u16* x1 = from + (min(row + 8, last_row) * stride + column);
+            const u32 eight = 2 * next_tile;
+            const u32 first_row = of_tile ? row_of(eight) : next_units.row;
+            const u16* x0 = from + (min(first_row + g, last_row) * stride + column);
+            const u16* x1 = from + (min(row_of(eight + 1) + g, last_row) * stride + column);
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 copy_or_zero<16>(write + 512 * c, (c < 2 ? x0 : x1) + c % 2 * 32,
-                                 c < 2 || 2 * next_tile + 1 < eights);
+                                 c < 2 || (of_tile && eight + 1 < eights));
             write = write == ring + (kStages - 1) * kTileX ? ring : write + kTileX;
-            if (++next_tile == tiles) {
+            if (!of_tile) {
+                next_units.advance();
+            } else if (++next_tile == tiles) {
                 next_tile = 0;
                 next_group = group_after(next_group, warps);
             }
         }
         copy_commit();
+    };
+    auto next_x = [&] {
+        const Fragment x(read);
+        read = read == ring + (kStages - 1) * kTileX ? ring : read + kTileX;
+        copy_x();  // to where this tile was
+        return x;
     };
     constexpr u32 kRowsAtOnce = 32 / kTiles;  // of a slab, by a warp
     const u32 slab_row = lane / kTiles, slab_chunk = lane % kTiles;
@@ -448,9 +508,14 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
             copy_commit();
         }
     };
-    // Two columns' smoothing factors.
+    // Two columns' smoothing factors, of a group or else the warp's next unit.
     auto load_smooth = [&](u32 group) {
+        if (group >= groups && units.there()) group = units.group;
         return group < groups ? ((const u32*)p.smooth)[group * (kGroup / 2) + lane] : 0;
+    };
+    auto store_inverse = [&](u32 smooth) {
+        store_shared8(mine + kInverse + 8 * lane, as_bits(inverse_factor(T::low(smooth))),
+                      as_bits(inverse_factor(T::high(smooth))));
     };
 
     if (RT > 0 && quantizes) prefetch(p.proj_down, p.k * p.rank * 2);
@@ -475,27 +540,36 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
     // swizzle as it is; chunks 2 t on flip bits of the chunk's number.
     const u32 fragment = slab_offset(lane % 8 / 2 * 8 + lane / 16 * 2 + lane % 2, lane / 8 % 2);
 
-    // Those of a group, for all of its tiles, where they stay in registers: 32 ranks' beside a
-    // rotation only if there is nothing else, nor ptxas' sm_100.
-    constexpr bool kMoreRegisters =
-        kRotates && (kOfGelu || kForm == kImage || SVDQ_ARCH / 100 == 10);
-    constexpr bool kKeepsFragments = RT <= (kMoreRegisters ? 2 : 4);
+    // Those of a group, for all of its tiles, where they stay in registers.
+    constexpr bool kKeepsFragments = RT <= (kRotates ? 2 : 4);
     Fragments fragments;
     auto load_fragment = [&](u32(&a)[4], int s, int t) {
         load_matrices_transposed(
             a, ((mine + turn + fragment) ^ t << 5) + (s / 2 * 32 + s % 2 * 4) * kStride);
     };
 
-    auto take_tile = [&](Sums& sum, u32 tile, u32 group) {
-        Fragment x(read);
-        read = read == ring + (kStages - 1) * kTileX ? ring : read + kTileX;
-        copy_x();  // to where this tile was
-        const u32 tile_row = row0 + tile * kRows;
-        const u32 halves = min(eights - 2 * tile, 2u);
+    auto prepare = [&](Fragment& x, const u32(&rows)[2], u32 group) {
         if (kOfGelu && group >= (u32)p.x_groups) apply_gelu(x);
         if (kPrologue == kModulate)
-            apply_modulation(x, p, min(tile_row + g, last_row), min(tile_row + g + 8, last_row),
+            apply_modulation(x, p, min(rows[0] + g, last_row), min(rows[1] + g, last_row),
                              group * kGroup + 8 * q);
+    };
+    auto quantize = [&](const Fragment& x, const u32(&rows)[2], u32 group, u32 scales,
+                        bool second) {
+        Values values[2];
+        values_of(values, x, mine + kInverse + 32 * q, signs);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            if (h == 1 && !second) break;
+            u32 codes[4];
+            const float scale = quantize_row(values[h], x.pair[h], codes);
+            out.codes(rows[h], group, h, codes, scale, scales);
+        }
+    };
+    auto take_tile = [&](Sums& sum, u32 tile, u32 group) {
+        Fragment x = next_x();
+        const u32 rows[2] = {row_of(2 * tile), row_of(2 * tile + 1)};
+        prepare(x, rows, group);
         if constexpr (RT > 0) {
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
@@ -510,19 +584,13 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
                 }
             }
         }
-        if (quantizes) {
+        const u32 mine_to_quantize = kShares && group >= (u32)p.own_groups ? base : eights;
+        if (quantizes && 2 * tile < mine_to_quantize) {
             const u32 scales = mine + kScales + tile * kTileScales;
-            Values values[2];
-            values_of(values, x, mine + kInverse + 32 * q, signs);
-#pragma unroll
-            for (u32 h = 0; h < 2; ++h) {
-                if (h == halves) break;
-                u32 codes[4];
-                const float scale = quantize_row(values[h], x.pair[h], codes);
-                out.codes(tile_row, group, h, codes, scale, scales);
-            }
+            const bool second = 2 * tile + 1 < mine_to_quantize;
+            quantize(x, rows, group, scales, second);
             if (kForm == kImage && (group % kChunk == kChunk - 1 || group == groups - 1))
-                out.chunk(tile_row, 8 * halves, group / kChunk, group % kChunk + 1, scales);
+                out.chunk(rows, second ? 16 : 8, group / kChunk, group % kChunk + 1, scales);
         }
     };
 
@@ -538,8 +606,7 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
         } else {
             copy_wait<(kStages - 1 < 3 ? kStages - 1 : 3)>();
         }
-        store_shared8(mine + kInverse + 8 * lane, as_bits(inverse_factor(T::low(smooth))),
-                      as_bits(inverse_factor(T::high(smooth))));
+        store_inverse(smooth);
         smooth = load_smooth(next);
         __syncwarp();
         if constexpr (RT > 0 && kKeepsFragments) {
@@ -559,6 +626,22 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
         copy_slab(mine + turn, group_after(next, warps));
         turn ^= kSlab;
         group = next;
+    }
+
+    if constexpr (kShares) {
+#pragma unroll 1
+        while (units.there()) {
+            copy_wait<kStages - 1>();
+            store_inverse(smooth);
+            const u32 group = units.group, rows[2] = {units.row, units.row};
+            units.advance();
+            smooth = load_smooth(groups);
+            __syncwarp();
+            Fragment x = next_x();
+            prepare(x, rows, group);
+            quantize(x, rows, group, 0, false);
+            __syncwarp();
+        }
     }
 
     // ---- x . proj_down: the warps' sums, in their order; eight rows, or some of their ranks, for
@@ -589,7 +672,7 @@ extern "C" __global__ void __launch_bounds__(SVDQ_WARPS * 32, 1)
                     total[n][0] += as_float(v.x), total[n][1] += as_float(v.y);
                     total[n][2] += as_float(v.z), total[n][3] += as_float(v.w);
                 }
-            out.down(total, row0 + eight * 8, rank0 + pair0 * 16);
+            out.down(total, row_of(eight), rank0 + pair0 * 16);
         }
     }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -27,8 +28,9 @@ def adapter_builds(
     if comfy_quant.SVDQUANT_W4A4 in formats:
         outputs = (plan.IMAGE, plan.BYTES) if hopper else (plan.NIBBLES,)
         builds += [
-            plan.quantize_launch(*card, *shape, unsigned, prologue, output).build
+            replace(plan.quantize_launch(*card, *shape, unsigned, prologue, output).build, shares=shares)
             for (unsigned, prologue), output in product(_W4A4_INPUTS, outputs)
+            for shares in ((False,) if output == plan.IMAGE else (False, True))
         ]
     if comfy_quant.SVDQUANT_NVFP4 in formats:
         builds.append(plan.nvfp4_quantize_launch(*card, *shape, plan.WIDE if hopper else plan.CODES).build)

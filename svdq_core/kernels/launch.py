@@ -18,7 +18,7 @@ from ..errors import SVDQuantError
 from . import driver, library, plan
 
 # The INT4 kernels' Arguments structures, as the compiler lays them out.
-QUANTIZE = struct.Struct("6P5i2P2i3P2i")
+QUANTIZE = struct.Struct("6P6i2P2i3P2i")
 GEMM = struct.Struct("8P4i5P2i3Pfi0P")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
@@ -298,6 +298,7 @@ def launch_quantizer(
                 rank,
                 shape.eights,
                 shape.longer,
+                shape.own_groups,
                 scale_pointer,
                 shift_pointer,
                 modulation_rows,

@@ -131,6 +131,7 @@ class QuantizeBuild:
     stages: int = 4
     most_warps: int = 12
     output: int = NIBBLES
+    shares: bool = False  # blocks share out rows that only some of them have
     most_tiles: int = 3  # of 16 rows, in a block
 
     source = "quantize_int4.cu"
@@ -163,6 +164,7 @@ class QuantizeBuild:
             "SVDQ_WARPS": self.most_warps,
             "SVDQ_TILES": self.most_tiles,
             "SVDQ_OUTPUT": self.output,
+            "SVDQ_SHARES": int(self.shares),
         }
 
 
@@ -1036,12 +1038,16 @@ def nvfp4_quantize_staging(capability: int) -> tuple[int, int]:
     return {80: (4, 12), 90: (3, 20), 100: (3, 20), 103: (3, 20)}.get(capability, (3, 8))
 
 
+_COST_OF_SHARING = 1.1  # instructions of a build that shares, relative to one that does not
+
+
 class QuantizeLaunch(NamedTuple):
     """How INT4's quantizer is launched.
 
     Attributes:
         grid: (blocks of rows, 1, blocks of ranks).
         eights: of a block, eight rows each; the ``longer`` first ones have one more.
+        own_groups: of that one, which a block quantizes itself; the rest is the other blocks'.
     """
 
     build: QuantizeBuild
@@ -1049,6 +1055,7 @@ class QuantizeLaunch(NamedTuple):
     warps: int
     eights: int
     longer: int
+    own_groups: int
 
 
 @lru_cache(maxsize=4096)
@@ -1080,10 +1087,20 @@ def quantize_shape(
     shared = _QUANTIZE_SHARED.get(capability, 99) * 1024 + _RESERVED_SHARED
     fitting = shared // (build.shared_bytes(warps) + _RESERVED_SHARED)
     places = multiprocessors * max(min(fitting, build.most_warps // warps), 1)
-    blocks = min(eights, places * _ceil(eights, places * 2 * build.most_tiles))
-    return QuantizeLaunch(
-        build, (blocks, 1, _ceil(rank, build.rank_tiles * 8 or 1) or 1), warps, *divmod(eights, blocks)
-    )
+    rounds = _ceil(eights, places * 2 * build.most_tiles)
+    blocks, own_groups = places * rounds, groups
+    each, longer = divmod(eights, blocks)
+    if longer and build.output != IMAGE and (each + longer / blocks) * _COST_OF_SHARING < each + 1:
+        # So that blocks of either kind are done at the same time. Multiplying a row takes about as long as
+        # rank_tiles / 16 of quantizing it.
+        product, ratio = build.rank_tiles / 16, longer / (blocks - longer)
+        own_groups = round(groups * max(ratio - product, 0) / (1 + ratio))
+        build = replace(build, shares=True)
+    else:
+        build, blocks = replace(build, shares=False), min(eights, blocks)
+        each, longer = divmod(eights, blocks)
+    grid = blocks, 1, _ceil(rank, build.rank_tiles * 8 or 1) or 1
+    return QuantizeLaunch(build, grid, warps, each, longer, own_groups)
 
 
 class Nvfp4QuantizeLaunch(NamedTuple):
@@ -1144,12 +1161,13 @@ def all_builds(capability: int) -> list[Build]:
     builds: list[Build] = []
     for bf16, unsigned in product((True, False), repeat=2):
         builds += [
-            QuantizeBuild(bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output), output)
+            QuantizeBuild(bf16, unsigned, tiles, prologue, *quantize_staging(capability, tiles, output), output, shares)
             for tiles, prologue in product((0, 2, 4, 8), (PLAIN, GELU, MODULATE, ROTATE, GELU_ROTATE))
             if not (unsigned and prologue in (ROTATE, GELU_ROTATE))
             for output in (
                 (NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue in (PLAIN, ROTATE) else (NIBBLES,)
             )
+            for shares in ((False,) if output == IMAGE else (False, True))
         ]
         for tile in (LARGE, MEDIUM, SMALL):
             build = GemmBuild(bf16, unsigned, tile)

@@ -58,7 +58,8 @@ class _Layer(ReadyLayer):
         quantizer, shape = quantize_kernel(self.index, m, k, rank, bf16, self.unsigned, self.prologue, plan.NIBBLES)
         gemm = gemm_kernel(self.index, m, n, bf16, self.unsigned, plan.STORE)
         of_input, of_output = self.of_input, self.of_output
-        quantizer_sizes = m, k, rank, shape.eights, shape.longer, *_NO_MODULATION, m, *_NO_IMAGE, *_NO_GELU
+        sizes = m, k, rank, shape.eights, shape.longer, shape.own_groups
+        quantizer_sizes = *sizes, *_NO_MODULATION, m, *_NO_IMAGE, *_NO_GELU
         gemm_sizes = m, n, k, rank, *_NO_NEXT_LAYER, *_NO_NORM
 
         def quantize(stream: int, x: int, codes: int, scale: int, down: int, *_: int) -> None:
