@@ -16,9 +16,8 @@ template <bool Unsigned>
 SVDQ_DEVICE float inverse_scale(float largest) {
     constexpr float kLimit = Unsigned ? 15.f : 7.f;
     const float quarter = largest * 0.25f;
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(quarter));
-    r = fmaf(r, fmaf(-quarter, r, 1.f), r) * (kLimit * 0.25f);
+    const float estimate = reciprocal_estimate(quarter);
+    const float r = fmaf(estimate, fmaf(-quarter, estimate, 1.f), estimate) * (kLimit * 0.25f);
     return largest > kFloatTiny * kLimit ? r : 0.f;
 }
 

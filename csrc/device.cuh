@@ -148,6 +148,13 @@ SVDQ_DEVICE u32 pack_down(float low, float high) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
+// 1 / x as the hardware estimates it; what is too small for a normal number counts as zero.
+SVDQ_DEVICE float reciprocal_estimate(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // 1 / x to the last bit or nearly: the hardware's estimate and one Newton step.
 SVDQ_DEVICE float reciprocal(float x) {
     float r;

@@ -1,12 +1,17 @@
 """Layers made ready once launch what their two halves would, and stay ready only while their tensors are the same."""
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from emulated import use_card
 
 from svdq_core.errors import SVDQuantError
 from svdq_core.kernels import int8, launch, nvfp4, plan, ready, w4a4
@@ -27,28 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
         return launch.Kernel(start, 0, grid, build.threads, shared)
 
-    counters = torch.zeros(4096, dtype=torch.int32)
-    for module in (launch, nvfp4, int8):
-        monkeypatch.setattr(module, "kernel_of", kernel_of)
-        monkeypatch.setattr(module, "card", lambda index: (89, 128))
-    monkeypatch.setattr(launch, "_device_count", lambda: 1)
-    monkeypatch.setattr("svdq_core.kernels.rows.card", lambda index: (89, 128))
-    monkeypatch.setattr(nvfp4, "zero_counters", lambda *asked: counters)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    caches = (
-        (launch, ("card", "gemm_kernel", "quantize_kernel")),
-        (nvfp4, ("quantizer", "_gemm_kernel")),
-        (int8, ("_quantize_kernel", "_gemm_kernel")),
-    )
-    # Caches of their own, which no other test finds these kernels in.
-    for module, names in caches:
-        for name in names:
-            wrapped = getattr(getattr(module, name), "__wrapped__", None)
-            if wrapped is not None:
-                monkeypatch.setattr(module, name, wrapped)
-    for name in ("gemm_kernel", "quantize_kernel"):
-        monkeypatch.setattr(w4a4, name, getattr(launch, name))
+    use_card(monkeypatch, kernel_of, (89, 128))
     return calls
 
 
