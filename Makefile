@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV := .venv/bin
-DEVICE_CODE = $(shell find csrc -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+DEVICE_CODE = $(shell find csrc tests/kernels/emulation -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: demo test browser lint format bootstrap clean
 

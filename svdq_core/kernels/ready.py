@@ -17,6 +17,7 @@ from .kept import Kept, Operands
 from .launch import on
 
 _ALIGNMENT = 16  # bytes
+MOST_SIZES = 32  # numbers of rows that a layer keeps launches for
 
 
 class Launches(NamedTuple):
@@ -101,6 +102,8 @@ class ReadyLayer(ABC):
             with on(self.index):
                 launches = self._launches.get(m)
                 if launches is None:
+                    if len(self._launches) >= MOST_SIZES:
+                        self._launches.clear()
                     launches = self._launches[m] = self.prepare(m)
                 between = torch.empty(launches.room, dtype=torch.int8, device=x.device)
                 stream = torch._C._cuda_getCurrentRawStream(self.index)

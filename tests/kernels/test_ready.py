@@ -159,6 +159,16 @@ def test_an_input_that_does_not_fit_is_refused(launched: list[Call]) -> None:
     assert not launched
 
 
+def test_few_sizes_are_kept(launched: list[Call]) -> None:
+    """A server sees inputs of ever new lengths."""
+    operands = operands_of("int4", 16, torch.bfloat16)
+    for m in range(1, 3 * ready.MOST_SIZES):
+        w4a4.linear(torch.zeros(m, K).bfloat16(), *operands.values(), False)
+    layer = w4a4._FORMS[False, False][0].of(operands["weight"])
+    assert 0 < len(layer._launches) <= ready.MOST_SIZES
+    assert len(launched) == 2 * (3 * ready.MOST_SIZES - 1)
+
+
 def test_nothing_is_launched_for_no_rows(launched: list[Call]) -> None:
     for name in ("int4", "nvfp4", "int8"):
         y = linear(name)(torch.zeros(0, K).bfloat16(), *operands_of(name, 16, torch.bfloat16).values())

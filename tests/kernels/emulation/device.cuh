@@ -1,6 +1,7 @@
-// csrc/device.cuh for a CPU: the same functions, by what they are said to do. A lane is a thread, and
-// a warp's lanes meet wherever they do on a card. Asynchronous copies are made as late as they may
-// be, so that a wait that is missing shows. Everything else of the kernels is compiled as it is.
+// csrc/device.cuh for a CPU: the same functions, by what they are said to do. A lane is a thread,
+// and a warp's lanes meet wherever they do on a card. Asynchronous copies are made as late as they
+// may be, so that a wait that is missing shows. Everything else of the kernels is compiled as it
+// is.
 #pragma once
 
 #include <pthread.h>
@@ -168,7 +169,8 @@ inline bool __all_sync(u32, bool value) {
     const u32 mine[1] = {value};
     bool all = true;
     exchange(mine, [&](const u32(&given)[32][8]) {
-        for (const u32(&each)[8] : given) all &= each[0] != 0;
+        for (const u32(&each)[8] : given)
+            all &= each[0] != 0;
     });
     return all;
 }
@@ -268,7 +270,8 @@ inline float gelu_tanh(float x) {
 }
 inline u32 low_bytes(const u32 (&words)[4]) {
     u32 result = 0;
-    for (int i = 0; i < 4; ++i) result |= (words[i] & 255) << 8 * i;
+    for (int i = 0; i < 4; ++i)
+        result |= (words[i] & 255) << 8 * i;
     return result;
 }
 inline u32 multiply_pairs(u32 a, u32 b) {
@@ -311,7 +314,8 @@ inline void copy_commit() {
 template <int Pending>
 void copy_wait() {
     while (emulated_copies.size() > Pending + 1) {
-        for (const auto& copy : emulated_copies.front()) copy();
+        for (const auto& copy : emulated_copies.front())
+            copy();
         emulated_copies.erase(emulated_copies.begin());
     }
 }
@@ -363,7 +367,8 @@ inline void prefetch_line(const void*) {}
 inline void load_matrices(u32 (&r)[4], u32 shared) {
     const u32 mine[1] = {shared}, lane = this_lane();
     exchange(mine, [&](const u32(&given)[32][8]) {
-        for (u32 i = 0; i < 4; ++i) r[i] = load_shared4(given[8 * i + lane / 4][0] + lane % 4 * 4);
+        for (u32 i = 0; i < 4; ++i)
+            r[i] = load_shared4(given[8 * i + lane / 4][0] + lane % 4 * 4);
     });
 }
 inline void load_matrices_transposed(u32 (&r)[4], u32 shared) {
@@ -398,7 +403,8 @@ void mma_16bit(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     const auto element = [](u32 pair, u32 i) -> double { return i ? T::high(pair) : T::low(pair); };
     double sum[4] = {acc[0], acc[1], acc[2], acc[3]};
     multiply_fragments<2>(sum, a, b0, b1, element, element);
-    for (int e = 0; e < 4; ++e) acc[e] = (float)sum[e];
+    for (int e = 0; e < 4; ++e)
+        acc[e] = (float)sum[e];
 }
 template <bool Unsigned>
 void mma_4bit(u32 (&result)[4], const u32 (&a)[4], u32 b0, u32 b1, u32 c) {
@@ -406,7 +412,8 @@ void mma_4bit(u32 (&result)[4], const u32 (&a)[4], u32 b0, u32 b1, u32 c) {
     int sum[4] = {(int)c, (int)c, (int)c, (int)c};
     multiply_fragments<8>(
         sum, a, b0, b1,
-        [&](u32 word, u32 i) { return Unsigned ? (int)(word >> 4 * i & 15) : code(word, i); }, code);
+        [&](u32 word, u32 i) { return Unsigned ? (int)(word >> 4 * i & 15) : code(word, i); },
+        code);
     std::copy(sum, sum + 4, result);
 }
 inline void mma_8bit(int (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
