@@ -49,15 +49,6 @@ struct Found {
     }
 };
 
-// In the order of the source, which the compiler would not keep.
-SVDQ_DEVICE uint4 load16(const u16* from) {
-    uint4 v;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
-    return v;
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(const Arguments p) {
@@ -84,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
             uint4 v[kAhead];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
-                if (row + i * kWarps < last) v[i] = load16(x + (u64)(row + i * kWarps) * p.k);
+                if (row + i * kWarps < last)
+                    v[i] = load_global16_in_order(x + (u64)(row + i * kWarps) * p.k);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
                 if (row + i * kWarps < last) take(v[i]);
@@ -92,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) svdq_channel_statistics(c
         for (int i = warp; i < p.count; i += kWarps) {
             const int from = p.chosen[i];
             if (first <= from && from < last)
-                *(uint4*)(p.copies + (u64)i * p.k + eight) = load16(x + (u64)from * p.k);
+                *(uint4*)(p.copies + (u64)i * p.k + eight) =
+                    load_global16_in_order(x + (u64)from * p.k);
         }
     }
 #pragma unroll

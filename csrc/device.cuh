@@ -269,6 +269,15 @@ SVDQ_DEVICE uint4 load_shared16(u32 shared) {
     return v;
 }
 
+// 16 bytes, in the order of the source, which the compiler would not keep.
+SVDQ_DEVICE uint4 load_global16_in_order(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
 SVDQ_DEVICE void store_shared4(u32 shared, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_core.kernels import gemv, int8, launch, library, nvfp4, plan, rows, w4a4
+from svdq_core.kernels import block, descent, gemv, int8, launch, library, nvfp4, plan, rows, statistics, w4a4
 
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) u8 (\w+)\[\];")
 HERE = Path(__file__).parent / "emulation"
@@ -72,7 +72,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def use_card(monkeypatch: pytest.MonkeyPatch, kernel_of: Callable[..., launch.Kernel], card: tuple[int, int]) -> None:
     """Tensors of the CPU count as a card's, which launches what ``kernel_of`` makes."""
     counters = torch.zeros(4096, dtype=torch.int32)
-    for module in (launch, nvfp4, int8, gemv, rows):
+    for module in (launch, nvfp4, int8, gemv, rows, block, statistics, descent):
         monkeypatch.setattr(module, "kernel_of", kernel_of, raising=False)
         monkeypatch.setattr(module, "card", lambda index: card, raising=False)
         monkeypatch.setattr(module, "starts_early", lambda index: False, raising=False)
@@ -86,6 +86,9 @@ def use_card(monkeypatch: pytest.MonkeyPatch, kernel_of: Callable[..., launch.Ke
         nvfp4: ("quantizer", "_gemm_kernel"),
         int8: ("_quantize_kernel", "_gemm_kernel"),
         gemv: ("_kernel",),
+        block: ("_kernel",),
+        statistics: ("_kernel",),
+        descent: ("_kernel",),
     }
     for module, cached in names.items():
         for name in cached:

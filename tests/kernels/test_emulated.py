@@ -8,17 +8,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from emulated import CARD, Emulator, emulator, use_card  # noqa: F401
 
-from svdq_core.kernels import block, gemv, int8, launch, nvfp4, plan, w4a4
+from svdq_core.kernels import block, descent, gemv, int8, launch, nvfp4, plan, statistics, w4a4
 from svdq_core.numerics import awq, hadamard, int4
 from svdq_core.numerics import int8 as int8_numerics
 from svdq_core.numerics import nvfp4 as nvfp4_numerics
 from svdq_core.ops import block as block_ops
+from svdq_core.quantizer import descent as descent_reference
 
 DTYPES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
@@ -29,8 +31,6 @@ def card(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:  # noqa: 
     """Three multiprocessors of sm_89, and tensors with memory that was never written full of NaN."""
     torch.manual_seed(0)
     use_card(monkeypatch, emulator.kernel_of, CARD)
-    monkeypatch.setattr(block, "kernel_of", emulator.kernel_of)
-    monkeypatch.setattr(block, "_kernel", block._kernel.__wrapped__)
     empty = torch.empty
 
     def poisoned(*shape, **options):
@@ -324,3 +324,38 @@ def test_heads_are_normed_and_rotated() -> None:
     for part, expected in zip(found, block_ops._norm_rope_reference(qkv, *weights, rope, heads, 1e-6), strict=True):
         assert part.shape == expected.shape
         assert error(part, expected.double()) < TOLERANCE[torch.bfloat16]
+
+
+# ---- quantizing
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_channels(dtype: torch.dtype) -> None:
+    m, k = 101, 328
+    rows = (torch.randn(m, k) * 5).to(dtype)
+    minimum, maximum = torch.full((k,), float("inf")), torch.full((k,), float("-inf"))
+    squares = torch.zeros(k, dtype=torch.float64)
+    chosen = numpy.array([100, 3, 47])
+    for _ in range(2):
+        copies = statistics.take_in(rows, minimum, maximum, squares, chosen)
+        assert torch.equal(copies, rows[chosen])
+    assert torch.equal(minimum, rows.float().amin(dim=0))
+    assert torch.equal(maximum, rows.float().amax(dim=0))
+    torch.testing.assert_close(squares, 2 * rows.double().square().sum(dim=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_descent_of_a_group_s_codes(dtype: torch.dtype) -> None:
+    """Where the reference goes, but for codes at a tie."""
+    n = 70
+    spread = torch.randn(200, 64)
+    metric = spread.t() @ spread / 200 + 0.1 * torch.eye(64)
+    steps, pull = torch.randint(-8, 8, (64, n)).float(), torch.randn(64, n) * 0.01
+    scale, zero = (torch.rand(n) * 0.01 + 0.001).to(dtype).float(), (torch.randn(n) * 0.01).to(dtype).float()
+    value = steps * scale + zero
+    mine, reference = ([each.clone() for each in (value, steps, pull, scale, zero)] for _ in range(2))
+    descent.improve(metric, *mine, dtype)
+    descent_reference.improve(descent_reference.Group(metric, *reference), dtype)
+    torch.testing.assert_close(mine[3], reference[3], rtol=1e-2, atol=0)
+    assert (mine[1] != reference[1]).float().mean() < 0.01
+    assert not torch.equal(mine[1], steps), "it does something"

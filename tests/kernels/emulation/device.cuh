@@ -182,6 +182,11 @@ constexpr float kGeluShift = 0.171875f;
 constexpr float kFloatMax = 3.402823466e38f;
 constexpr float kFloatTiny = 1.175494351e-38f;
 
+inline float __int_as_float(int bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
 inline float as_float(u32 bits) {
     float value;
     std::memcpy(&value, &bits, 4);
@@ -334,6 +339,9 @@ inline uint2 load_shared8(u32 shared) {
 }
 inline u32 load_shared4(u32 shared) {
     return loaded<u32>(shared);
+}
+inline uint4 load_global16_in_order(const void* from) {
+    return *(const uint4*)from;
 }
 inline u32 load_shared1(u32 shared) {
     return loaded<u8>(shared);
