@@ -30,7 +30,7 @@ def adapter_builds(
         builds += [
             replace(plan.quantize_launch(*card, *shape, unsigned, prologue, output).build, shares=shares)
             for (unsigned, prologue), output in product(_W4A4_INPUTS, outputs)
-            for shares in ((False,) if output == plan.IMAGE else (False, True))
+            for shares in plan.quantize_sharing(output)
         ]
     if comfy_quant.SVDQUANT_NVFP4 in formats:
         builds.append(plan.nvfp4_quantize_launch(*card, *shape, plan.WIDE if hopper else plan.CODES).build)

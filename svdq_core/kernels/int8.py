@@ -17,6 +17,7 @@ from .launch import (
     check_limits,
     check_quantizer_input,
     check_rows,
+    down_width,
     expect,
     kernel_of,
     on,
@@ -30,7 +31,6 @@ _QUANTIZE = struct.Struct("5P3i4x")
 _GEMM = struct.Struct("9P5i4x")
 _NAME = "linear_int8"
 _MOST_K = 2**17  # of products up to 127 * 128
-_RANKS = 64  # the multiple to which `down` is padded
 _FEW_ROWS = plan.GemvInt8Build
 
 
@@ -50,33 +50,22 @@ def linear(
     """
     operands = smooth_factor, proj_down, weight, weight_scale, proj_up, bias
     if proj_down.numel() == 0 and _are_few(x.shape[0], x.shape[-1], weight.shape[0]):
-        _check_layer(x, *operands)
+        _Layer.check(x, *operands)
         return gemv.evaluate(_FEW_ROWS, x, (smooth_factor, weight, weight_scale, bias), weight.shape[0])
     return evaluate(_layers, _Layer, x, weight, operands)
 
 
 class _Layer(ReadyLayer):
-    def __init__(
-        self,
-        x: torch.Tensor,
-        smooth_factor: torch.Tensor,
-        proj_down: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        proj_up: torch.Tensor,
-        bias: torch.Tensor | None,
-    ):
-        _check_layer(x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
-        super().__init__(x, len(weight))
-        self.down, self.up = pad_rank(proj_down), pad_rank(proj_up)  # copies, if any, live as long as this
-        self.rank = self.down.shape[1]
-        self.smooth_factor = smooth_factor.data_ptr()
-        self.of_output = weight.data_ptr(), weight_scale.data_ptr(), self.up.data_ptr(), pointer(bias)
+    @staticmethod
+    def check(x: torch.Tensor, smooth_factor, proj_down, weight, weight_scale, proj_up, bias) -> None:
+        check_quantizer_input(_NAME, x, smooth_factor, proj_down)
+        _check_weight(x, weight, weight_scale, bias)
+        expect(_NAME, "proj_up", proj_up, x, (len(weight), proj_down.shape[1]), x.dtype)
 
     def prepare(self, m: int) -> Launches:
         k, n, rank, bf16 = self.k, self.n, self.rank, self.dtype == torch.bfloat16
         check_limits(_NAME, m, n, k)
-        quantize, rest = _quantizer(self.index, m, k, rank, bf16, self.smooth_factor, self.down.data_ptr())
+        quantize, rest = _quantizer(self.index, m, k, rank, bf16, *self.of_input)
         if card(self.index)[0] == plan.HOPPER:
             multiply = w8a8.multiplier(self.index, m, n, k, rank, bf16, *self.of_output)
         else:
@@ -86,7 +75,7 @@ class _Layer(ReadyLayer):
             multiply,
             codes=m * k,
             scale=4 * m,
-            down=2 * m * _padded(rank),
+            down=2 * m * down_width(rank),
             down_scale=0 if bf16 or not rank else 4 * m,
             rest=rest,
         )
@@ -120,12 +109,6 @@ def linears(
     outputs = tuple(each.shape[0] for each in weight)
     taken = all(_are_few(m, k, n) for n in outputs)
     return gemv.evaluate_several(_NAME, _FEW_ROWS, x, layers, outputs, taken, without_branch)
-
-
-def _check_layer(x: torch.Tensor, smooth_factor, proj_down, weight, weight_scale, proj_up, bias) -> None:
-    check_quantizer_input(_NAME, x, smooth_factor, proj_down)
-    _check_weight(x, weight, weight_scale, bias)
-    expect(_NAME, "proj_up", proj_up, x, (len(weight), proj_down.shape[1]), x.dtype)
 
 
 def _check_weight(x: torch.Tensor, weight: torch.Tensor, weight_scale, bias) -> None:
@@ -165,7 +148,7 @@ def quantize(
     rank = proj_down.shape[1]
     codes = torch.empty((m, k), dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    down = torch.empty((m, _padded(rank)), dtype=x.dtype, device=x.device)
+    down = torch.empty((m, down_width(rank)), dtype=x.dtype, device=x.device)
     down_scale = torch.empty(m, dtype=torch.float32, device=x.device) if rank and not bf16 else None
     if m:
         with on(index):
@@ -173,10 +156,6 @@ def quantize(
             rest = torch.empty(room, dtype=torch.int8, device=x.device)
             start(torch._C._cuda_getCurrentRawStream(index), *map(pointer, (x, codes, scale, down, down_scale, rest)))
     return codes, scale, down, down_scale
-
-
-def _padded(rank: int) -> int:
-    return -(-rank // _RANKS) * _RANKS
 
 
 def _quantizer(
@@ -243,7 +222,7 @@ def _multiplier(
     kernel: Kernel, m: int, n: int, k: int, rank: int, weight: int, weight_scale: int, proj_up: int, bias: int
 ) -> Callable[..., None]:
     """What starts the second half, given a stream and where codes, scales, ``down``, its scales and outputs are."""
-    sizes = m, n, k, rank, _padded(rank)
+    sizes = m, n, k, rank, down_width(rank)
 
     def start(stream: int, codes: int, act_scale: int, down: int, down_scale: int, out: int) -> None:
         quantized = codes, act_scale, down, down_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -26,8 +26,17 @@ class Kept(Generic[T]):
     A lookup takes about 3 us: a layer does it at every call.
     """
 
+    _all: ClassVar[list[Kept]] = []
+
     def __init__(self) -> None:
         self._entries: dict[int, _Entry[T]] = {}  # by the identity of the weight
+        self._all.append(self)
+
+    @classmethod
+    def forget_all(cls, weight: torch.Tensor) -> None:
+        """Let go of everything that is kept for a weight, here or elsewhere."""
+        for kept in cls._all:
+            kept.forget(weight)
 
     def get(self, weight: torch.Tensor, operands: Operands) -> T | None:
         """What was made of these operands, of which ``weight`` is one; None if it was not, or they have changed."""

@@ -22,6 +22,7 @@ QUANTIZE = struct.Struct("6P6i2P2i3P2i")
 GEMM = struct.Struct("8P4i5P2i3Pfi0P")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 _RANK_STEP = 8  # ranks that fill 16 bytes
+_DOWN_STEP = 64  # columns of ``down`` that a product takes at once, where it has 16 bits
 
 
 class KernelInputError(SVDQuantError, ValueError):
@@ -157,6 +158,11 @@ def pad_rank(tensor: torch.Tensor) -> torch.Tensor:
     """The kernels read 8 ranks at a time; other ranks cost a copy (layers keep theirs a multiple)."""
     extra = -tensor.shape[1] % _RANK_STEP
     return torch.nn.functional.pad(tensor, (0, extra)) if extra else tensor
+
+
+def down_width(rank: int) -> int:
+    """Columns of a ``down`` in 16 bits: zeros behind the rank make them a multiple of 64."""
+    return -(-rank // _DOWN_STEP) * _DOWN_STEP
 
 
 _counters: dict[tuple[int, int, bool], tuple[int, torch.Tensor]] = {}

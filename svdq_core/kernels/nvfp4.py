@@ -25,6 +25,7 @@ from .launch import (
     card,
     check_limits,
     check_quantizer_input,
+    down_width,
     expect,
     kernel_of,
     on,
@@ -38,7 +39,6 @@ _QUANTIZE = struct.Struct("9P5i4x")
 _GEMM = struct.Struct("11P7i4x8P")
 _NAME = "linear_nvfp4"
 _NO_NEXT_LAYER = (0,) * 10  # what the GEMM is told of it, where there is none
-_RANKS = 64  # the multiple to which `down` is padded
 SCALE_DTYPE = torch.float8_e4m3fn
 
 
@@ -63,16 +63,10 @@ def linear(
 
 
 class _Layer(ReadyLayer):
-    def __init__(self, x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, *weights):
+    @staticmethod
+    def check(x: torch.Tensor, smooth_factor: torch.Tensor, proj_down: torch.Tensor, *weights) -> None:
         check_quantizer_input(_NAME, x, smooth_factor, proj_down)
         check_weight(_NAME, x, x.shape[1], proj_down.shape[1], *weights)
-        *weights, proj_up, bias = weights
-        super().__init__(x, len(proj_up))
-        self.padded = pad_rank(proj_down), pad_rank(proj_up)  # copies, if they are any, live as long as this
-        down, up = self.padded
-        self.rank = down.shape[1]
-        self.of_input = smooth_factor.data_ptr(), down.data_ptr()
-        self.of_output = *map(pointer, weights), up.data_ptr(), pointer(bias)
 
     def prepare(self, m: int) -> Launches:
         k, n, rank, bf16 = self.k, self.n, self.rank, self.dtype == torch.bfloat16
@@ -102,7 +96,7 @@ class _Layer(ReadyLayer):
 
 def _multiplier(kernel: Kernel, m: int, n: int, k: int, rank: int, *of_output: int) -> Callable[..., None]:
     """What starts the second half, given a stream and where codes, scales, ``down``, its scales and outputs are."""
-    sizes = m, n, k, rank, -(-rank // _RANKS) * _RANKS, *_NO_NEXT_LAYER
+    sizes = m, n, k, rank, down_width(rank), *_NO_NEXT_LAYER
 
     def start(stream: int, codes: int, scale: int, down: int, down_scale: int, out: int) -> None:
         kernel.launch(stream, _GEMM.pack(codes, scale, down, down_scale, *of_output, out, *sizes))
@@ -248,7 +242,7 @@ def quantizer(index: int, m: int, k: int, rank: int, bf16: bool, output: int) ->
     blocks, slices, rank_blocks = shape.grid
     tiles = blocks * shape.warps if rank and slices * rank_blocks > 1 else 0
     sums = tiles * slices * rank_blocks * shape.build.rows * shape.build.rank_tiles * 8 * 4
-    width = -(-rank // _RANKS) * _RANKS
+    width = down_width(rank)
     sizes = m, k, rank, width, shape.slice_groups
     return Quantizer(index, kernel._replace(threads=shape.warps * 32), sizes, slices, sums, tiles, width)
 
@@ -265,7 +259,7 @@ def _quantize(
     (m, k), index, bf16 = x.shape, x.device.index, x.dtype == torch.bfloat16
     proj_down = pad_rank(proj_down)
     rank = proj_down.shape[1]
-    down = torch.empty((m, -(-rank // _RANKS) * _RANKS), dtype=x.dtype, device=x.device)
+    down = torch.empty((m, down_width(rank)), dtype=x.dtype, device=x.device)
     down_scale = None if bf16 or not rank else torch.empty(m, dtype=torch.float32, device=x.device)
     if m == 0:
         return values, down, down_scale
@@ -381,7 +375,7 @@ def multiply_gelu_quantize(
         torch.empty((m, n // 2), dtype=torch.int8, device=device),
         torch.empty((n // plan.GROUP, m, 4), dtype=SCALE_DTYPE, device=device),
         torch.zeros((m, rank), dtype=torch.float32, device=device),
-        torch.empty((m, -(-rank // _RANKS) * _RANKS), dtype=dtype, device=device),
+        torch.empty((m, down_width(rank)), dtype=dtype, device=device),
         None if dtype == torch.bfloat16 or not rank else torch.empty(m, dtype=torch.float32, device=device),
     )
     weights = weight, weight_scale, weight_tensor_scale, weight_channel_scale, proj_up, bias

@@ -1041,6 +1041,11 @@ def nvfp4_quantize_staging(capability: int) -> tuple[int, int]:
 _COST_OF_SHARING = 1.1  # instructions of a build that shares, relative to one that does not
 
 
+def quantize_sharing(output: int) -> tuple[bool, ...]:
+    """Whether builds of INT4's quantizer share; an image's scales belong to whole chunks of a row, so those do not."""
+    return (False,) if output == IMAGE else (False, True)
+
+
 class QuantizeLaunch(NamedTuple):
     """How INT4's quantizer is launched.
 
@@ -1090,7 +1095,7 @@ def quantize_shape(
     rounds = _ceil(eights, places * 2 * build.most_tiles)
     blocks, own_groups = places * rounds, groups
     each, longer = divmod(eights, blocks)
-    if longer and build.output != IMAGE and (each + longer / blocks) * _COST_OF_SHARING < each + 1:
+    if longer and True in quantize_sharing(build.output) and (each + longer / blocks) * _COST_OF_SHARING < each + 1:
         # So that blocks of either kind are done at the same time. Multiplying a row takes about as long as
         # rank_tiles / 16 of quantizing it.
         product, ratio = build.rank_tiles / 16, longer / (blocks - longer)
@@ -1167,7 +1172,7 @@ def all_builds(capability: int) -> list[Build]:
             for output in (
                 (NIBBLES, IMAGE, BYTES) if capability == HOPPER and prologue in (PLAIN, ROTATE) else (NIBBLES,)
             )
-            for shares in ((False,) if output == IMAGE else (False, True))
+            for shares in quantize_sharing(output)
         ]
         for tile in (LARGE, MEDIUM, SMALL):
             build = GemmBuild(bf16, unsigned, tile)

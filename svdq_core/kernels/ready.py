@@ -9,15 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from .kept import Kept, Operands
-from .launch import on
+from .launch import on, pad_rank, pointer
 
 _ALIGNMENT = 16  # bytes
 MOST_SIZES = 32  # numbers of rows that a layer keeps launches for
+
+S, L = TypeVar("S"), TypeVar("L")
 
 
 class Launches(NamedTuple):
@@ -66,14 +68,44 @@ class ReadyLayer(ABC):
     """A layer whose operands have been checked, with what it launches for each number of rows.
 
     Args:
-        x: (M, K), checked: an input of the layer.
-        n: outputs.
+        x: (M, K): an input of the layer.
+        smooth_factor, proj_down: its operands, and
+        of_output: of its second half, as the kernel has them; the last two are proj_up and the bias, or None.
+
+    Attributes:
+        of_input, of_output: where they are, both factors of the low-rank branch with
+        rank: a multiple of 8.
+
+    Raises:
+        KernelInputError: an operand that the kernels do not take.
     """
 
-    def __init__(self, x: torch.Tensor, n: int):
+    def __init__(
+        self,
+        x: torch.Tensor,
+        smooth_factor: torch.Tensor,
+        proj_down: torch.Tensor,
+        *of_output: torch.Tensor | None,
+    ):
+        self.check(x, smooth_factor, proj_down, *of_output)
+        *weights, proj_up, bias = of_output
         self.dtype, self.index = x.dtype, x.get_device()
-        self.n, self.k = n, x.shape[1]
+        self.n, self.k = len(proj_up), x.shape[1]
+        self._padded = pad_rank(proj_down), pad_rank(proj_up)  # copies, if they are any, live as long as this
+        down, up = self._padded
+        self.rank = down.shape[1]
+        self.of_input = smooth_factor.data_ptr(), down.data_ptr()
+        self.of_output = *map(pointer, weights), up.data_ptr(), pointer(bias)
         self._launches: dict[int, Launches] = {}
+
+    @staticmethod
+    @abstractmethod
+    def check(x: torch.Tensor, *operands: torch.Tensor | None) -> None:
+        """Raise unless the kernels take these.
+
+        Raises:
+            KernelInputError: they do not.
+        """
 
     @abstractmethod
     def prepare(self, m: int) -> Launches:
@@ -100,11 +132,7 @@ class ReadyLayer(ABC):
         out = torch.empty((m, self.n), dtype=x.dtype, device=x.device)
         if m:
             with on(self.index):
-                launches = self._launches.get(m)
-                if launches is None:
-                    if len(self._launches) >= MOST_SIZES:
-                        self._launches.clear()
-                    launches = self._launches[m] = self.prepare(m)
+                launches = self._launches.get(m) or keep(self._launches, m, self.prepare(m))
                 between = torch.empty(launches.room, dtype=torch.int8, device=x.device)
                 stream = torch._C._cuda_getCurrentRawStream(self.index)
                 launches.start(stream, x.data_ptr(), between.data_ptr(), out.data_ptr())
@@ -125,6 +153,14 @@ def evaluate(
         if not torch.cuda.is_current_stream_capturing():  # else copies that it made belong to the graph
             kept.put(weight, operands, layer)
     return layer(x)
+
+
+def keep(launches: dict[S, L], size: S, made: L) -> L:
+    """Keep what a layer launches for inputs of a size, if need be instead of what it does for others."""
+    if len(launches) >= MOST_SIZES:
+        launches.clear()
+    launches[size] = made
+    return made
 
 
 def places(*sizes: int) -> list[int]:

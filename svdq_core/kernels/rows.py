@@ -24,7 +24,7 @@ from .launch import (
     pointer,
     whole,
 )
-from .ready import MOST_SIZES
+from .ready import keep
 
 if TYPE_CHECKING:
     from ..ops.as_int8 import Image
@@ -61,10 +61,7 @@ class _Launches:
             (m, self.k, *_sizes(shape), (plain or 0) // plan.GROUP),
             w8a8.multiplier(self.index, m, self.n, self.k, 0, self.dtype == torch.bfloat16, *of_output),
         )
-        if len(self.prepared) >= MOST_SIZES:
-            self.prepared.clear()
-        self.prepared[m, plain] = made
-        return made
+        return keep(self.prepared, (m, plain), made)
 
     def start(self, prepared: tuple, x_map: bytes, y_map: bytes, out: torch.Tensor) -> None:
         """Start both kernels, on an input of some rows."""

@@ -14,8 +14,6 @@ from .launch import (
     check_int4_layer,
     check_limits,
     gemm_kernel,
-    pad_rank,
-    pointer,
     quantize_kernel,
 )
 from .ready import Launches, ReadyLayer, evaluate
@@ -30,27 +28,13 @@ _NO_NORM = 0, 0, 0, 0, 0.0, 0
 
 
 class _Layer(ReadyLayer):
-    def __init__(
-        self,
-        x: torch.Tensor,
-        smooth_factor: torch.Tensor,
-        proj_down: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        proj_up: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        unsigned: bool,
-        rotated: bool,
-    ):
-        check_int4_layer(_NAME, x, smooth_factor, proj_down, weight, weight_scale, proj_up, bias)
-        super().__init__(x, weight.shape[0])
+    def __init__(self, x: torch.Tensor, *operands: torch.Tensor | None, unsigned: bool, rotated: bool):
+        super().__init__(x, *operands)
         self.unsigned, self.prologue = unsigned, plan.ROTATE if rotated else plan.PLAIN
-        self.padded = pad_rank(proj_down), pad_rank(proj_up)  # copies, if they are any, live as long as this
-        down, up = self.padded
-        self.rank = down.shape[1]
-        self.of_input = smooth_factor.data_ptr(), down.data_ptr()
-        self.of_output = weight.data_ptr(), weight_scale.data_ptr(), up.data_ptr(), pointer(bias)
+
+    @staticmethod
+    def check(x: torch.Tensor, *operands: torch.Tensor | None) -> None:
+        check_int4_layer(_NAME, x, *operands)
 
     def prepare(self, m: int) -> Launches:
         k, n, rank, bf16 = self.k, self.n, self.rank, self.dtype == torch.bfloat16

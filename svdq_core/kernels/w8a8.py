@@ -12,12 +12,11 @@ from functools import lru_cache
 
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_in_turns
+from .launch import Kernel, card, down_width, kernel_in_turns
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s4P5i12x")  # aligned to 64 bytes
 _NO_MAP = bytes(128)
 _BOX = 128  # bytes of a row in a stage
-_RANKS = 64  # the multiple to which `down` is padded
 
 
 def multiplier(
@@ -46,7 +45,7 @@ def multiplier(
         down_scale (M,) float32 to multiply it by (0 for none), and the outputs (M, N) are.
     """
     build, whole, kernel = _kernel(index, m, n, bf16, rank > 0)
-    share, down_width = build.columns // build.cluster, -(-rank // _RANKS) * _RANKS
+    share, width = build.columns // build.cluster, down_width(rank)
     weight_map = tensor_map(weight, n, k, share, _BOX, True)
     up_map = tensor_map(proj_up, n, 2 * rank, share, _BOX, True) if rank else _NO_MAP
     piece_rows, piece_columns = build.piece
@@ -58,7 +57,7 @@ def multiplier(
             _ARGUMENTS.pack(
                 tensor_map(codes, m, k, build.rows, _BOX, True),
                 weight_map,
-                tensor_map(down, m, 2 * down_width, build.rows, _BOX, True) if rank else _NO_MAP,
+                tensor_map(down, m, 2 * width, build.rows, _BOX, True) if rank else _NO_MAP,
                 up_map,
                 tensor_map(out, m, 2 * n, piece_rows, 2 * piece_columns, True),
                 act_scale,

@@ -12,11 +12,10 @@ from functools import lru_cache
 
 from . import plan
 from .driver import tensor_map
-from .launch import Kernel, card, kernel_in_turns
+from .launch import Kernel, card, down_width, kernel_in_turns
 
 _ARGUMENTS = struct.Struct("128s128s128s128s128s5P5i4x")  # aligned to 64 bytes
 _BOX = 128  # bytes of a row in a stage
-_RANKS = 64  # the multiple to which `down` is padded
 
 
 def takes(n: int) -> bool:
@@ -50,7 +49,7 @@ def multiplier(
         are none), ``down`` (M, 64 n) in 16 bits, its scales (M,) float32 (0 for none), and outputs (M, N) are.
     """
     build, whole, kernel = _kernel(index, m, n, bf16)
-    box, stages, down_width = build.tokens // build.cluster, k // plan.GROUP, -(-rank // _RANKS) * _RANKS
+    box, stages, width = build.tokens // build.cluster, k // plan.GROUP, down_width(rank)
     weight_map = tensor_map(weight, n, k // 2, build.rows, 32, False)
     scale_map = tensor_map(weight_scale, k // 16, n, 4, build.rows, False)
     of_layer = weight_tensor_scale, weight_channel_scale, proj_up, bias
@@ -63,7 +62,7 @@ def multiplier(
                 tensor_map(values, m, 2 * k, box, _BOX, True),
                 weight_map,
                 scale_map,
-                tensor_map(down, m, 2 * down_width, box, _BOX, True) if rank else bytes(128),
+                tensor_map(down, m, 2 * width, box, _BOX, True) if rank else bytes(128),
                 tensor_map(out, m, 2 * n, 32, _BOX, True),
                 down_scale,
                 *of_layer,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import plan, prefers_int8, status
+from ..kernels.kept import Kept
 from . import as_int8, awq, block, fused, int4, int8, nvfp4
 
 
@@ -224,7 +225,7 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
     _releases += 1
     for tensor in tensors:
         _kernels("hopper").forget(tensor)
-        as_int8.forget(tensor)
+        Kept.forget_all(tensor)
 
 
 @lru_cache(maxsize=256)

@@ -60,15 +60,6 @@ class Emulator:
         return launch.Kernel(start, 0, grid, build.threads, shared)
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """What compiles kernels for the CPU."""
-    found = Emulator(tmp_path_factory.mktemp("emulated"))
-    if found.compiler is None:
-        pytest.skip("no C++ compiler")
-    return found
-
-
 def use_card(monkeypatch: pytest.MonkeyPatch, kernel_of: Callable[..., launch.Kernel], card: tuple[int, int]) -> None:
     """Tensors of the CPU count as a card's, which launches what ``kernel_of`` makes."""
     counters = torch.zeros(4096, dtype=torch.int32)

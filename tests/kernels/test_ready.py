@@ -16,6 +16,7 @@ from emulated import use_card
 from svdq_core.errors import SVDQuantError
 from svdq_core.kernels import int8, launch, nvfp4, plan, ready, w4a4
 from svdq_core.kernels.kept import Kept
+from svdq_core.ops.cuda import release
 
 M, K, N = 70, 192, 136
 Call = tuple  # (build, grid, threads, shared memory, arguments)
@@ -199,6 +200,18 @@ def test_kept_while_all_tensors_are_the_same() -> None:
     kept.forget(weight)
     assert kept.of(weight) is None
     kept.forget(weight)
+
+
+def test_what_is_released_is_kept_nowhere() -> None:
+    """A layer that leaves the card takes along what was made of it, whoever keeps that."""
+    weight, other = torch.ones(4), torch.ones(4)
+    several: list[Kept[int]] = [Kept(), Kept()]
+    for kept in several:
+        kept.put(weight, (weight,), 1)
+        kept.put(other, (other,), 2)
+    release((weight,))
+    assert [kept.of(weight) for kept in several] == [None, None]
+    assert [kept.of(other) for kept in several] == [2, 2]
 
 
 def test_inference_tensors_are_kept_by_place() -> None:
